@@ -1,0 +1,1 @@
+"""Export, verification in a clean process, and prediction from exported models."""

@@ -1,0 +1,32 @@
+"""The errors that a user can mend. Everything else is a bug and keeps its traceback."""
+
+
+class RaydeepError(Exception):
+    """Something that the user can mend; the message says what, where, what was expected and how.
+
+    Only positional string arguments, so that instances survive pickling between processes.
+    """
+
+
+class JobError(RaydeepError):
+    """The job file, or an override, is wrong."""
+
+
+class DataError(RaydeepError):
+    """The data is missing, unreadable or does not fit the job."""
+
+
+class ModelError(RaydeepError):
+    """A network or a model folder can't be built or loaded."""
+
+
+class TrainError(RaydeepError):
+    """Training can't go on (a loss that is not finite, for instance)."""
+
+
+class ResourceError(RaydeepError):
+    """The plan does not fit the machine or the cluster."""
+
+
+class ExportError(RaydeepError):
+    """An exported file does not behave like the model it was made from."""

@@ -1,0 +1,1 @@
+"""Networks by name, quantized and pruned layers, and the model folder."""

@@ -1,0 +1,223 @@
+"""A model as data: a spec (what to build) and tensors (what to fill it with). Never a pickle.
+
+`freeze` turns a trained network into (spec, tensors): BatchNorm folded into the scales, integers where it is
+quantized. `thaw` rebuilds the network from them. A model folder holds both, checksummed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from raydeep.errors import ModelError
+from raydeep.model import layers, zoo
+from raydeep.run import read_json, sha256_file, write_bytes, write_json
+
+SPEC_VERSION = 1
+Tensors = dict[str, torch.Tensor]
+
+
+def make_spec(
+    name: str, args: dict[str, Any], classes: list[str], shape: tuple[int, int, int], mean: list[float],
+    std: list[float],
+) -> dict[str, Any]:
+    """The spec of an uncompressed network; `input` is height, width, channels."""
+    return {
+        "version": SPEC_VERSION, "model": {"name": name, "args": args}, "classes": classes, "input": list(shape),
+        "mean": mean, "std": std, "folded": [], "layers": {},
+    }  # fmt: skip
+
+
+def build(spec: dict[str, Any]) -> nn.Module:
+    """The network of a spec, freshly initialised, uncompressed."""
+    return zoo.build(spec["model"]["name"], spec["model"]["args"], len(spec["classes"]), tuple(spec["input"]))
+
+
+def freeze(model: nn.Module, spec: dict[str, Any], fold: bool = True) -> tuple[dict[str, Any], Tensors]:
+    """A trained network as data.
+
+    Args:
+        model: built from `spec`, perhaps pruned and quantized since.
+        spec: of the network before compression.
+        fold: fold BatchNorm into the convolution before it; the integers do not change, their scale does.
+
+    Returns:
+        The spec of the compressed network, and its tensors: `L.weight` float32, or `L.weight.q` int8 with
+        `L.weight.scale` float32 a channel; everything else by its state-dict name.
+    """
+    pairs = _foldable(build(spec), model) if fold else []
+    folded = {bn for _, bn in pairs}
+    found = dict(layers.compressible(model))
+    tensors: Tensors = {}
+    entries: dict[str, Any] = {}
+    for name, module in found.items():
+        entry: dict[str, Any] = {}
+        with torch.no_grad():
+            quant = layers.part(module, layers.WeightQuant)
+            mask = layers.part(module, layers.Mask)
+            if quant is not None:
+                below = layers.raw_weight(module) if mask is None else mask(layers.raw_weight(module))
+                tensors[f"{name}.weight.q"], tensors[f"{name}.weight.scale"] = quant.integers(below)
+                entry["weight_bits"] = quant.bits
+            else:
+                tensors[f"{name}.weight"] = module.weight.detach().clone()  # type: ignore[union-attr, operator]
+            if module.bias is not None:
+                tensors[f"{name}.bias"] = module.bias.detach().clone()  # type: ignore[union-attr, operator]
+        act = getattr(module, "input_quant", None)
+        if act is not None:
+            entry["activation"] = {
+                "bits": act.bits, "signed": bool(act.signed), "step": float(act.step.detach().abs().clamp_min(1e-9)),
+            }  # fmt: skip
+        if entry:
+            entries[name] = entry
+    for conv, bn in pairs:
+        _fold(tensors, conv, model.get_submodule(bn))
+    covered = set(found) | folded
+    for key, value in model.state_dict().items():
+        owner = next((c for c in covered if key.startswith(c + ".")), None)
+        if owner is None and not key.endswith("num_batches_tracked"):
+            tensors[key] = value.detach().clone()
+    tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+    return {**spec, "folded": [list(pair) for pair in pairs], "layers": entries}, tensors
+
+
+def thaw(spec: dict[str, Any], tensors: Tensors) -> nn.Module:
+    """Rebuild the network of `freeze`, in eval mode, its quantized inputs in place.
+
+    Raises:
+        ModelError: spec and tensors do not fit each other.
+    """
+    if spec.get("version") != SPEC_VERSION:
+        raise ModelError(f"model spec has version {spec.get('version')}, expected {SPEC_VERSION}; export it again")
+    model = build(spec)
+    for conv, bn in spec["folded"]:
+        module = model.get_submodule(conv)
+        if module.bias is None:
+            module.bias = nn.Parameter(torch.zeros(module.weight.shape[0]))  # type: ignore[union-attr, index, arg-type]
+        parent, _, leaf = bn.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, nn.Identity())
+    state = {}
+    for key, value in tensors.items():
+        if key.endswith(".weight.q"):
+            scale = tensors[key.removesuffix(".q") + ".scale"]
+            state[key.removesuffix(".q")] = value.float() * scale.view(-1, *[1] * (value.dim() - 1))
+        elif not key.endswith(".weight.scale"):
+            state[key] = value
+    wrong = model.load_state_dict(state, strict=False)
+    missing = [key for key in wrong.missing_keys if not key.endswith("num_batches_tracked")]
+    if missing or wrong.unexpected_keys:
+        raise ModelError(
+            f"tensors do not fit {spec['model']['name']}: missing {missing[:3]}, unexpected {wrong.unexpected_keys[:3]}"
+        )
+    for name, entry in spec["layers"].items():
+        act = entry.get("activation")
+        if act is not None:
+            layers.add_input_quant(model.get_submodule(name), act["bits"], act["signed"], act["step"])
+    return model.eval().requires_grad_(False)
+
+
+def _fold(tensors: Tensors, conv: str, bn: nn.Module) -> None:
+    """Fold a BatchNorm into the weight (or its scale: then the integers stay, save for the sign) and bias."""
+    assert isinstance(bn, nn.BatchNorm2d)
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    with torch.no_grad():
+        gain = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+        bias = tensors.get(f"{conv}.bias", torch.zeros_like(bn.running_mean))
+        tensors[f"{conv}.bias"] = (bias - bn.running_mean) * gain + bn.bias
+        if f"{conv}.weight" in tensors:
+            weight = tensors[f"{conv}.weight"]
+            tensors[f"{conv}.weight"] = weight * gain.view(-1, *[1] * (weight.dim() - 1))
+            return
+        integers = tensors[f"{conv}.weight.q"]
+        signs = torch.where(gain < 0, -1, 1).to(torch.int8).view(-1, *[1] * (integers.dim() - 1))
+        signs = torch.where(gain.view_as(signs) == 0, 0, signs).to(torch.int8)
+        tensors[f"{conv}.weight.q"] = integers * signs
+        scale = tensors[f"{conv}.weight.scale"] * gain.abs()
+        tensors[f"{conv}.weight.scale"] = torch.where(gain == 0, torch.ones_like(scale), scale)
+
+
+def _foldable(plain: nn.Module, trained: nn.Module) -> list[tuple[str, str]]:
+    """Names of (convolution, BatchNorm) where the BatchNorm alone reads the convolution."""
+    if not any(isinstance(m, nn.BatchNorm2d) for m in plain.modules()):
+        return []
+    from torch import fx
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, name: str) -> bool:
+            return super().is_leaf_module(m, name) or isinstance(m, (nn.Conv2d, nn.BatchNorm2d))
+
+    try:
+        graph = Tracer().trace(plain.eval())
+    except Exception:  # a network that fx can't trace keeps its BatchNorm: slower, not wrong
+        return []
+    modules = dict(plain.named_modules())
+    calls: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            calls[str(node.target)] = calls.get(str(node.target), 0) + 1
+    pairs = []
+    for node in graph.nodes:
+        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
+            continue
+        source, bn = node.args[0], trained.get_submodule(node.target)
+        if (
+            isinstance(source, fx.Node)
+            and source.op == "call_module"
+            and isinstance(modules[str(source.target)], nn.Conv2d)
+            and len(source.users) == 1
+            and calls[str(source.target)] == calls[node.target] == 1
+            and isinstance(bn, nn.BatchNorm2d)
+            and bn.track_running_stats
+            and bn.affine
+        ):
+            pairs.append((str(source.target), str(node.target)))
+    return pairs
+
+
+def save_model(folder: Path, spec: dict[str, Any], tensors: Tensors) -> None:
+    """Write `spec.json` and `model.safetensors`."""
+    write_bytes(folder / "model.safetensors", save_tensors(tensors))
+    write_json(folder / "spec.json", spec)
+
+
+def write_sums(folder: Path) -> None:
+    """Write `SHA256SUMS` over all other files of the folder."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != "SHA256SUMS" and p.name[0] != ".")
+    write_bytes(folder / "SHA256SUMS", "".join(f"{sha256_file(p)}  {p.name}\n" for p in files).encode())
+
+
+def check_sums(folder: Path) -> None:
+    """Check `SHA256SUMS`.
+
+    Raises:
+        ModelError: a file is missing or changed.
+    """
+    sums = folder / "SHA256SUMS"
+    if not sums.is_file():
+        raise ModelError(f"{folder}: no SHA256SUMS; not a whole model folder, export it again")
+    for line in sums.read_text().splitlines():
+        digest, _, name = line.partition("  ")
+        file = folder / Path(name).name
+        if not file.is_file() or sha256_file(file) != digest:
+            raise ModelError(f"{file}: missing or changed since it was written; export the model again")
+
+
+def load_model(folder: Path) -> tuple[dict[str, Any], Tensors]:
+    """Read spec and tensors of a model folder.
+
+    Raises:
+        ModelError: a part is missing or broken.
+    """
+    spec = read_json(folder / "spec.json")
+    try:
+        return spec, load_tensors((folder / "model.safetensors").read_bytes())
+    except (OSError, SafetensorError, json.JSONDecodeError) as err:
+        raise ModelError(f"{folder}/model.safetensors: {err}; export the model again") from None

@@ -1,0 +1,1 @@
+"""Sizing Ray for the machine, and talking to clusters."""

@@ -1,0 +1,204 @@
+"""The run folder: its id, its atomic files and where the run came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raydeep import __version__
+from raydeep.config import Job, load_job
+from raydeep.errors import RaydeepError
+
+PACKAGES = ("ray", "torch", "torchvision", "kornia", "pyarrow", "numpy", "optuna", "onnx", "onnxruntime")
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes the final name, fsynced, only if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}.part")
+    try:
+        yield aside
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically."""
+    with atomic(path) as aside:
+        aside.write_bytes(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a missing or broken file is a RaydeepError that names it."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RaydeepError(f"{path}: no such file") from None
+    except ValueError as err:
+        raise RaydeepError(f"{path}: not valid JSON ({err}); restore it or make it anew") from None
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Append one JSON line in one write, flushed to disk; a torn last line before it is closed off."""
+    line = (json.dumps(value) + "\n").encode()
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = b"\n" + line
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole JSON lines of a file; a line torn by a kill is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Run:
+    """A run folder. Creating one writes the resolved job and the provenance."""
+
+    def __init__(self, path: Path, job: Job) -> None:
+        self.path = path
+        self.job = job
+
+    @classmethod
+    def create(cls, job: Job, command: str) -> Run:
+        """Make `<storage>/<name>-<id>/`."""
+        storage = Path(job.storage).expanduser().resolve()
+        run_id = f"{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        path = storage / f"{job.name}-{run_id}"
+        try:
+            path.mkdir(parents=True)
+        except OSError as err:
+            raise RaydeepError(f"storage: can't make {path}: {err.strerror}; set storage=FOLDER") from None
+        run = cls(path, job)
+        write_bytes(path / "job.yaml", yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode())
+        write_json(path / "provenance.json", {"id": path.name, "command": command, **provenance(job.seed)})
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Open an existing run folder.
+
+        Raises:
+            RaydeepError: if the folder is no run.
+        """
+        path = Path(path).expanduser().resolve()
+        if not (path / "job.yaml").is_file():
+            raise RaydeepError(f"{path}: not a run folder (no job.yaml); give the folder that a command printed")
+        return cls(path, load_job(path / "job.yaml"))
+
+    def model(self, label: str) -> Path:
+        """Folder of one model."""
+        return self.path / "models" / label
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to provenance.json."""
+        file = self.path / "provenance.json"
+        write_json(file, {**read_json(file), **facts})
+
+
+def provenance(seed: int) -> dict[str, Any]:
+    """Versions, hardware, git commit and seed of this process."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "raydeep": __version__,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": versions,
+        "hardware": hardware(),
+        "git_commit": _git_commit(),
+        "seed": seed,
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores that this process may use, memory in bytes, GPUs (if torch is already loaded)."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    torch = sys.modules.get("torch")
+    gpus = []
+    if torch is not None and torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu": cpu, "cores": usable_cores(), "memory_bytes": memory_bytes(), "gpus": gpus}
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else (os.cpu_count() or 1)
+
+
+def memory_bytes() -> int:
+    """Physical memory of this machine; 0 if the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+def _git_commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None

@@ -1,0 +1,1 @@
+"""The joint search over sparsity, bit widths and distillation."""

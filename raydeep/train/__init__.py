@@ -1,0 +1,1 @@
+"""The training loop (which knows no Ray) and the launcher that runs it on Ray Train."""

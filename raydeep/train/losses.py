@@ -1,0 +1,21 @@
+"""Losses. Contract of a loss: `(logits_NK, micro) -> loss_N`, one float32 a row, not averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from raydeep.data.resident import Micro
+
+Loss = Callable[[torch.Tensor, Micro], torch.Tensor]
+
+
+def cross_entropy(label_smoothing: float = 0.0) -> Loss:
+    """Cross entropy with smoothed labels (arXiv 1512.00567, section 7)."""
+
+    def loss(logits: torch.Tensor, micro: Micro) -> torch.Tensor:
+        return F.cross_entropy(logits.float(), micro.labels, reduction="none", label_smoothing=label_smoothing)
+
+    return loss
