@@ -71,6 +71,17 @@ def decode_batch(pictures: Iterable[bytes], mode: str, size: int | None) -> np.n
     return np.stack([to_pixels(open_picture(data), mode, size) for data in pictures])
 
 
+class DecodeRows:
+    """Ray Data's map over batches: column `image` (bytes) → `pixels` (uint8 NHWC); `label` stays."""
+
+    def __init__(self, mode: str, size: int | None) -> None:
+        self.mode, self.size = mode, size
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One batch of columns."""
+        return {"pixels": decode_batch(batch["image"], self.mode, self.size), "label": batch["label"]}
+
+
 def encode_png(pixels: np.ndarray) -> bytes:
     """Uint8 HW or HWC pixels → PNG bytes."""
     out = io.BytesIO()

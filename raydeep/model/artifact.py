@@ -7,9 +7,11 @@ quantized. `thaw` rebuilds the network from them. A model folder holds both, che
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -67,7 +69,7 @@ def freeze(model: nn.Module, spec: dict[str, Any], fold: bool = True) -> tuple[d
                 tensors[f"{name}.weight.q"], tensors[f"{name}.weight.scale"] = quant.integers(below)
                 entry["weight_bits"] = quant.bits
             else:
-                tensors[f"{name}.weight"] = module.weight.detach().clone()  # type: ignore[union-attr, operator]
+                tensors[f"{name}.weight"] = module.weight.detach() + 0.0  # type: ignore[operator]  # no -0.0
             if module.bias is not None:
                 tensors[f"{name}.bias"] = module.bias.detach().clone()  # type: ignore[union-attr, operator]
         act = getattr(module, "input_quant", None)
@@ -121,6 +123,13 @@ def thaw(spec: dict[str, Any], tensors: Tensors) -> nn.Module:
         if act is not None:
             layers.add_input_quant(model.get_submodule(name), act["bits"], act["signed"], act["step"])
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> np.ndarray:
+    """Predicted classes over batches of (inputs NCHW, labels): int64 of shape [rows]."""
+    model.eval()
+    return np.concatenate([model(images).argmax(1).cpu().numpy() for images, _ in batches])
 
 
 def _fold(tensors: Tensors, conv: str, bn: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from raydeep.report.folder import Run, number
@@ -55,6 +56,13 @@ def bits(value: Any) -> str:
     return "float" if found is None else f"{found:.0f}"
 
 
+def setting(value: Any) -> str:
+    """A value of a trial's configuration as a person writes it in a job file."""
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
 def _speed(ratio: float | None) -> str:
     if ratio is None:
         return ""
@@ -70,10 +78,17 @@ def _smaller(ratio: float | None, size_bytes: Any) -> str:
 
 def _recipe(row: dict[str, Any]) -> str:
     weight, activation = number(row.get("weight_bits")), number(row.get("activation_bits"))
-    parts = [f"{percent(row.get('sparsity'), 0)} of its weights are zero"] if number(row.get("sparsity")) else []
+    parts = (
+        [f"{percent(row.get('sparsity'), 0)} of its weights are zero"] if number(row.get("sparsity")) else []
+    )
     parts.append("float weights" if weight is None else f"{weight:.0f}-bit weights")
     parts.append("float activations" if activation is None else f"{activation:.0f}-bit activations")
     return ", ".join(parts) + (", taught by the dense model" if row.get("distill") else "")
+
+
+def _sound(row: dict[str, Any]) -> bool:
+    known = all(number(row.get(key)) is not None for key in ("test_accuracy", "bytes"))
+    return known and row.get("verified", True) is not False
 
 
 def pick(run: Run) -> dict[str, Any] | None:
@@ -82,11 +97,7 @@ def pick(run: Run) -> dict[str, Any] | None:
     near = [
         row
         for row in run.models
-        if dense is not None
-        and row.get("verified", True)
-        and (accuracy := number(row.get("test_accuracy"))) is not None
-        and number(row.get("bytes")) is not None
-        and dense - accuracy <= NEAR + 1e-9
+        if dense is not None and _sound(row) and dense - row["test_accuracy"] <= NEAR + 1e-9
     ]
     return min(near, key=lambda row: row["bytes"], default=None)
 
@@ -112,10 +123,10 @@ def answer(run: Run) -> tuple[str, str]:
         tail = f"{smaller} and {speed}" if speed else f"{smaller} than the dense model"
         return (
             f"At {percent(chosen.get('test_accuracy'))} test accuracy, {size(chosen.get('bytes'))}: {tail}.",
-            f"Model {chosen.get('label')} is the smallest of the front whose test accuracy is within 1 point of "
-            f"the dense model’s ({reference}): {_recipe(chosen)}.{doubt}",
+            f"Model {chosen.get('label')} is the smallest of the front whose test accuracy is within 1 point "
+            f"of the dense model’s ({reference}): {_recipe(chosen)}.{doubt}",
         )
-    known = [row for row in run.models if number(row.get("test_accuracy")) is not None]
+    known = [row for row in run.models if _sound(row)]
     if known:
         best = max(known, key=lambda row: row["test_accuracy"])
         smaller = _smaller(number(best.get("compression_ratio")), best.get("bytes"))
@@ -125,8 +136,14 @@ def answer(run: Run) -> tuple[str, str]:
             f"The closest, {best.get('label')}, reaches {percent(best.get('test_accuracy'))} at "
             f"{size(best.get('bytes'))} ({smaller}).{doubt}",
         )
-    detail = "The search exported no compressed model." if run.trials else "Trained, not compressed."
-    return f"{percent(dense.get('test_accuracy'))} test accuracy at {size(dense.get('bytes'))}.", detail + doubt
+    if run.models:
+        detail = "No exported model passed verification."
+    else:
+        detail = "The search exported no compressed model." if run.trials else "Trained, not compressed."
+    return (
+        f"{percent(dense.get('test_accuracy'))} test accuracy at {size(dense.get('bytes'))}.",
+        detail + doubt,
+    )
 
 
 def _unfinished(run: Run) -> tuple[str, str]:
@@ -136,13 +153,15 @@ def _unfinished(run: Run) -> tuple[str, str]:
         wanted = number(section.get("trials")) if isinstance(section, dict) else None
         of = f" of {wanted:.0f}" if wanted else ""
         head = f"Not finished: {len(run.trials)}{of} trials so far."
+        if wanted and len(run.trials) >= wanted:
+            head = f"Not finished: all {len(run.trials)} trials ran, their front is not exported yet."
         if not known:
             return head, "No trial has succeeded yet."
         best = max(known, key=lambda row: row["val_accuracy"])
         smaller = _smaller(number(best.get("compression_ratio")), best.get("bytes"))
         return head, (
             f"The best so far, trial {best['trial']}, reaches {percent(best['val_accuracy'])} validation "
-            f"accuracy at {size(best.get('bytes'))} ({smaller}). No model is exported and verified yet."
+            f"accuracy at {size(best.get('bytes'))} ({smaller}). No model is verified yet."
         )
     if run.metrics:
         last = run.metrics[-1]

@@ -46,16 +46,6 @@ def evaluate(model: nn.Module, batches: Iterable[Micro], rows: int, device: torc
     return Score(correct / rows, loss / rows, rows)
 
 
-@torch.no_grad()
-def predict(model: nn.Module, batches: Iterable[Micro]) -> np.ndarray:
-    """Predicted classes: int64 of shape [rows]."""
-    training = model.training
-    model.eval()
-    found = [model(micro.images).argmax(1).cpu().numpy() for micro in batches]
-    model.train(training)
-    return np.concatenate(found)
-
-
 def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
     """Counts of shape [classes, classes]: row = true class, column = predicted."""
     return np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)

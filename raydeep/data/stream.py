@@ -1,0 +1,89 @@
+"""Shards → decoded splits through Ray Data, shared by all processes of a node through the object store."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import ray
+
+from raydeep.data import decode
+from raydeep.data.resident import Dataset, Pixels, assemble, check_memory
+
+if TYPE_CHECKING:
+    from raydeep.config import Data
+    from raydeep.data.shards import Manifest, Progress
+
+BLOCK_ROWS = 4096  # per-task overhead dominates small data: few, large blocks
+
+
+def load(manifest: Manifest, cfg: Data, progress: Progress | None = None) -> Dataset:
+    """Read and decode all splits with Ray Data, in the order of the shards.
+
+    Raises:
+        DataError: the decoded pictures do not fit data.memory_bytes, or vary in size.
+    """
+    check_memory(manifest, cfg)
+    splits = {
+        split: Pixels(
+            np.empty((manifest.rows(split), *manifest.shape(cfg)), np.uint8), np.empty(manifest.rows(split), np.int64)
+        )
+        for split in manifest.splits
+    }
+    ends = np.cumsum([manifest.rows(split) for split in splits])
+    done = 0
+    for batch in _decoded(manifest, cfg).iter_batches(batch_size=None, batch_format="numpy"):
+        taken, rows = 0, len(batch["label"])
+        while taken < rows:  # a batch may reach over the end of a split
+            index = int(np.searchsorted(ends, done, side="right"))
+            pixels = list(splits.values())[index]
+            at = done - (int(ends[index - 1]) if index else 0)
+            take = min(rows - taken, int(ends[index]) - done)
+            pixels.images[at : at + take] = batch["pixels"][taken : taken + take]
+            pixels.labels[at : at + take] = batch["label"][taken : taken + take]
+            taken, done = taken + take, done + take
+        if progress is not None:
+            progress(done, int(ends[-1]))
+    assert done == ends[-1], f"Ray Data gave {done} rows of {ends[-1]}"
+    for split, pixels in splits.items():
+        counts = np.bincount(pixels.labels, minlength=len(manifest.classes)).tolist()
+        assert counts == manifest.splits[split]["class_counts"], f"{split}: rows came out of order"
+    return assemble(manifest, cfg, splits)
+
+
+def _decoded(manifest: Manifest, cfg: Data) -> Any:
+    """All splits in one pipeline (each pipeline costs seconds to start), in the order of splits and shards."""
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    files = [str(file) for split in manifest.splits for file in manifest.files(split)]
+    rows = sum(manifest.rows(split) for split in manifest.splits)
+    shards = ray.data.read_parquet(
+        files, columns=["image", "label"], override_num_blocks=max(1, min(64, rows // BLOCK_ROWS))
+    )
+    decoder = decode.DecodeRows(manifest.pixel_mode(cfg), manifest.side(cfg))
+    return shards.map_batches(decoder.__call__, batch_size=1024, batch_format="numpy")
+
+
+class Shared(NamedTuple):
+    """A Dataset in the object store: one copy a node, read without copying."""
+
+    refs: dict[str, Any]
+    classes: list[str]
+    mean: list[float]
+    std: list[float]
+
+    def get(self) -> Dataset:
+        """The dataset; its arrays are read-only views of the object store."""
+        names = list(self.refs)
+        parts = dict(zip(names, ray.get([self.refs[name] for name in names]), strict=True))
+        return Dataset(
+            parts["train"], parts["val"], parts["test"], self.classes, self.mean, self.std
+        )
+
+
+def share(data: Dataset) -> Shared:
+    """Put a dataset into the object store."""
+    refs = {name: ray.put(getattr(data, name)) for name in ("train", "val", "test")}
+    return Shared(refs, data.classes, data.mean, data.std)

@@ -1,0 +1,86 @@
+"""The page: one self-contained HTML file, made from a run folder alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jinja2
+from plotly.offline import get_plotlyjs
+
+from raydeep.report import tables, words
+from raydeep.report.folder import Run, read_run
+from raydeep.report.plots import plot_data
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into a run folder, whole or not at all.
+
+    Reads only the folder. The page loads nothing: plotly.js stands in it, and its content security policy
+    forbids the rest.
+
+    Args:
+        run_dir: Run folder; what it does not hold yet is left out of the page.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        RaydeepError: If the folder is no run, or one of its whole files can't be parsed.
+    """
+    run_dir = Path(run_dir)
+    html = render(read_run(run_dir), run_dir.name)
+    path, aside = run_dir / "report.html", run_dir / f".report.html.{os.getpid()}.tmp"
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(html)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def render(run: Run, folder: str) -> str:
+    """The page of a run as text; `folder` names the run where its provenance does not."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # tojson escapes <, >, & and ' so that no text can close the <script> block
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    environment.filters |= {
+        "percent": words.percent,
+        "size": words.size,
+        "times": words.times,
+        "bits": words.bits,
+    }
+    headline, detail = words.answer(run)
+    data = plot_data(run)
+    drawn = bool(data["points"]["bytes"] or data["curves"] or data["confusion"])
+    return environment.get_template("page.html.j2").render(
+        title=str(run.job.get("name") or folder),
+        run_id=str(run.provenance.get("id") or folder),
+        skipped=run.skipped,
+        headline=headline,
+        detail=detail,
+        data=data,
+        failed=len(run.failed),
+        last_epoch=run.metrics[-1] if run.metrics else {},
+        epochs=len(run.metrics),
+        models=tables.models(run, data),
+        verification=tables.verification(run),
+        split=str((run.evaluation or {}).get("split") or "test"),
+        per_class=tables.per_class(data["confusion"]) if data["confusion"] else [],
+        failures=tables.failures(run),
+        cost=tables.cost(run),
+        provenance=tables.provenance(run),
+        at_commit=bool(run.provenance.get("git_commit")),
+        command=str(run.provenance.get("command") or ""),
+        job_text=run.job_text,
+        plotly_js=get_plotlyjs() if drawn else "",
+    )
