@@ -64,8 +64,9 @@ class Data(Section):
     image_column: str = Field("image", description="parquet: column with the bytes of one picture file")
     label_column: str = Field("label", description="parquet: column with the label, an integer or a string")
     image_size: Annotated[int, Field(ge=4, le=4096)] | None = Field(
-        None, description="Side in pixels; the shorter side is scaled to it and the centre cropped. "
-        "none: the pictures' own size, which must then be one and the same"
+        None,
+        description="Side in pixels; the shorter side is scaled to it and the centre cropped. "
+        "none: the pictures' own size, which must then be one and the same",
     )
     mode: Literal["auto", "grey", "rgb"] = Field("auto", description="auto: grey if every picture is grey")
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
@@ -171,17 +172,20 @@ class Recover(Section):
     batch_size: Count | None = Field(None, description="none: that of train")
 
 
+DEFAULT_SPACE: dict[str, list[Any]] = {
+    "prune.sparsity": [0.0, 0.5, 0.7, 0.8, 0.9, 0.95],
+    "quantize.weight_bits": [2, 3, 4, 8],
+    "quantize.activation_bits": [None, 4, 8],
+    "distill.enabled": [False, True],
+}
+
+
 class Search(Section):
     """Ray Tune over any dotted job keys; accuracy (validation) up, bytes of the packed file down."""
 
     trials: Count = 32
-    space: dict[str, list[Any]] = Field(
-        default_factory=lambda: {
-            "prune.sparsity": [0.0, 0.5, 0.7, 0.8, 0.9, 0.95],
-            "quantize.weight_bits": [2, 3, 4, 8],
-            "quantize.activation_bits": [None, 4, 8],
-            "distill.enabled": [False, True],
-        },
+    space: dict[str, list[Annotated[Any, BeforeValidator(_none_word)]]] = Field(
+        default_factory=lambda: dict(DEFAULT_SPACE),
         description="Dotted job key: list of choices",
     )
     concurrent: Count | None = Field(None, description="Trials at once; none: one a core")
@@ -281,7 +285,7 @@ class _Loader(yaml.SafeLoader):
         self.aliases = self.nodes = self.depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        event: Any = self.peek_event()
         self.nodes += 1
         if isinstance(event, yaml.AliasEvent):
             self.aliases += 1
@@ -290,7 +294,7 @@ class _Loader(yaml.SafeLoader):
         if getattr(event, "tag", None) is not None:
             raise JobError(f"line {event.start_mark.line + 1}: tags ({event.tag}) are not allowed in a job")
         self.depth += 1
-        node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
@@ -329,7 +333,7 @@ def load_yaml(text: str) -> Any:
         raise JobError(f"larger than {MAX_JOB_BYTES:,} bytes: that is no job file")
     try:
         loader = _Loader(text)
-        tree = loader.get_single_data()  # type: ignore[no-untyped-call]
+        tree = loader.get_single_data()
         if _size(tree) > MAX_NODES:
             raise JobError("aliases expand to too many values for a job")
         return tree
@@ -379,6 +383,11 @@ def load_job(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> J
         tree = {}
     if not isinstance(tree, dict):
         raise JobError(f"{path}: expected sections (data:, train:, …), found {type(tree).__name__}")
+    return parse_sets(tree, overrides, str(path))
+
+
+def parse_sets(tree: dict[str, Any], overrides: list[str] | tuple[str, ...], where: str = "--set") -> Job:
+    """Check a tree of plain values after `section.key=value` overrides, values read as YAML."""
     for override in overrides:
         key, sep, value = override.partition("=")
         if not sep or not key.strip():
@@ -387,7 +396,7 @@ def load_job(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> J
             _set_dotted(tree, key.strip(), load_yaml(value))
         except JobError as err:
             raise JobError(f"--set {override}: {err}") from None
-    return parse_job(tree, str(path))
+    return parse_job(tree, where)
 
 
 def parse_job(tree: dict[str, Any], where: str) -> Job:

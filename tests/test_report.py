@@ -322,7 +322,7 @@ def test_text_from_the_folder_stays_text(tmp_path: Path) -> None:
         (
             {"latency_ratio": 6.0},
             0.9,
-            "No compressed model stays within 1 point of the dense model’s 98.6% test",
+            "No compressed model stays within 1 point of the dense model’s 98.9% validation",
         ),
         ({"verified": False}, 0.981, "98.6% test accuracy at 312\u00a0kB."),
     ],
@@ -331,9 +331,11 @@ def test_answer(tmp_path: Path, change: dict, accuracy: float, expected: str) ->
     run = make_run(tmp_path / "run")
     front = json.loads((run / "front.json").read_text())
     model = (
-        front["models"][0] | {"test_accuracy": accuracy, "bytes": 7600, "compression_ratio": 41.05} | change
+        front["models"][0]
+        | {"test_accuracy": accuracy, "val_accuracy": accuracy, "bytes": 7600, "compression_ratio": 41.05}
+        | change
     )
-    larger = model | {"label": "larger", "bytes": 9000, "test_accuracy": accuracy + 0.001}
+    larger = model | {"label": "larger", "bytes": 9000, "val_accuracy": accuracy + 0.001}
     dump(run / "front.json", {"dense": front["dense"], "models": [model, larger]})
     headline, detail = answer(read_run(run))
     assert expected in headline
@@ -421,7 +423,7 @@ def test_files_that_differ_are_named(tmp_path: Path) -> None:
     front["models"][0]["onnx_differ"] = 2
     dump(run / "front.json", front)
     text, label = Page(write_report(run)).text, front["models"][0]["label"]
-    assert f"on the 360 test images, predicts differently only 2 by {label} (onnx)." in text
+    assert f"on the 360 validation and test images, predicts differently only 2 by {label} (onnx)." in text
 
 
 def test_no_run_folder(tmp_path: Path) -> None:

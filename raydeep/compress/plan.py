@@ -45,7 +45,12 @@ class Result(NamedTuple):
 
 
 def compress(
-    job: Job, dense: Dense, data: Dataset, seed: int, on_epoch: Callable[[dict[str, Any]], None] | None = None
+    job: Job,
+    dense: Dense,
+    data: Dataset,
+    seed: int,
+    device: str = "cpu",
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> Result:
     """Compress the dense network as the job's prune, quantize, distill and recover sections say.
 
@@ -54,27 +59,28 @@ def compress(
         dense: where it starts.
         data: the decoded splits.
         seed: of order and augmentation in recovery.
+        device: where recovery runs; scoring is always on the CPU, where the files are verified.
         on_epoch: called with the metrics of each recovery epoch.
     """
     torch.manual_seed(seed)
-    model = artifact.thaw(dense.spec, dense.tensors).requires_grad_(True).train()
-    calibration = calibration_batches(data, job.quantize.calibration_rows, seed)
+    model = artifact.thaw(dense.spec, dense.tensors).requires_grad_(True).train().to(device)
+    calibration = calibration_batches(data, job.quantize.calibration_rows, seed, device)
     tighten = prune.prepare(model, job.prune, recovers=job.recover.epochs > 0)
     quantize.prepare(model, job.quantize, calibration)
     loss = losses.cross_entropy(job.train.label_smoothing)
     if job.distill.enabled:
-        loss = distill.distilled(loss, artifact.thaw(dense.spec, dense.tensors), job.distill)
+        loss = distill.distilled(loss, artifact.thaw(dense.spec, dense.tensors).to(device), job.distill)
     history = []
     if job.recover.epochs:
         batch_size = job.recover.batch_size or job.train.batch_size
         augmenter = Augmenter(job.augment, data.mean, data.std)
-        batches = Batches(data.train, augmenter, batch_size, seed, accumulate=job.train.accumulate)
+        batches = Batches(data.train, augmenter, batch_size, seed, accumulate=job.train.accumulate, device=device)
         history = fit(
             model, loss, batches, job.train, epochs=job.recover.epochs, lr=job.recover.lr, seed=seed,
             on_step=tighten, on_epoch=(lambda m, _model, _optimizer: on_epoch(m)) if on_epoch else None,
         )  # fmt: skip
     quantize.reestimate_batchnorm(model, calibration)
-    spec, tensors = artifact.freeze(model.eval(), dense.spec)
+    spec, tensors = artifact.freeze(model.eval().cpu(), dense.spec)
     return measure(pack.pack(spec, tensors), data, job.train.eval_batch_size, history)
 
 
@@ -94,8 +100,8 @@ def predictions(model: torch.nn.Module, data: Dataset, pixels: Pixels, batch_siz
     return artifact.predict(model, eval_batches(pixels, data.mean, data.std, batch_size))
 
 
-def calibration_batches(data: Dataset, rows: int, seed: int) -> list[torch.Tensor]:
+def calibration_batches(data: Dataset, rows: int, seed: int, device: str = "cpu") -> list[torch.Tensor]:
     """Network inputs of a seeded choice of train rows, not augmented: batches of float32 NCHW."""
     chosen = order.epoch_order(seed, 0, len(data.train.labels))[:rows]
     pixels = Pixels(data.train.images[chosen], data.train.labels[chosen])
-    return [micro.images for micro in eval_batches(pixels, data.mean, data.std, CALIBRATION_BATCH)]
+    return [m.images for m in eval_batches(pixels, data.mean, data.std, CALIBRATION_BATCH, device=device)]

@@ -49,13 +49,11 @@ def prepare(model: nn.Module, cfg: Quantize, calibration: list[torch.Tensor]) ->
             low, high = layers.activation_range(activation_bits, signed)
             step = layers.best_step(values[None], low, high).item()
             layers.add_input_quant(module, activation_bits, signed, step)
-            module.input_quant.to(values.device)  # type: ignore[union-attr, operator]
+            module.input_quant.to(values.device)
         layers.add_weight_quant(module, weight_bits)
 
 
-def _inputs(
-    model: nn.Module, found: dict[str, nn.Module], calibration: list[torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _inputs(model: nn.Module, found: dict[str, nn.Module], calibration: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """A sample of the input values of each layer, flat float32."""
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in found}
     each = max(1, SAMPLE // max(1, len(calibration)))

@@ -40,7 +40,11 @@ class Augmenter:
     def __init__(self, cfg: Augment, mean: list[float], std: list[float]) -> None:
         self.cfg, self.mean, self.std = cfg, mean, std
         self.moves = bool(
-            cfg.horizontal_flip or cfg.vertical_flip or cfg.rotation or cfg.crop or cfg.resized_crop < 1
+            cfg.horizontal_flip
+            or cfg.vertical_flip
+            or cfg.rotation
+            or cfg.crop
+            or cfg.resized_crop < 1
             or cfg.scale != (1.0, 1.0)
         )
         self.exact = not cfg.rotation and cfg.scale == (1.0, 1.0) and cfg.resized_crop == 1

@@ -68,9 +68,7 @@ def check_memory(manifest: Manifest, cfg: Data) -> None:
     """
     rows = sum(manifest.rows(split) for split in manifest.splits)
     if cfg.limit_per_class is not None:
-        rows -= manifest.rows("train") - min(
-            manifest.rows("train"), cfg.limit_per_class * len(manifest.classes)
-        )
+        rows -= manifest.rows("train") - min(manifest.rows("train"), cfg.limit_per_class * len(manifest.classes))
     need = rows * int(np.prod(manifest.shape(cfg)))
     if need > cfg.memory_bytes:
         raise DataError(
@@ -157,7 +155,12 @@ class Batches:
 
 
 def eval_batches(
-    pixels: Pixels, mean: list[float], std: list[float], batch_size: int, rank: int = 0, world: int = 1,
+    pixels: Pixels,
+    mean: list[float],
+    std: list[float],
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
     device: torch.device | str = "cpu",
 ) -> Iterator[Micro]:
     """This worker's part of a split in order, not augmented: every row once over all workers."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 ROW_GROUP = 2048
+LATER = {"limit_per_class", "mode", "memory_bytes"}  # keys that matter when shards are read, not when written
 TABLE = pa.schema([("image", pa.binary()), ("label", pa.int64()), ("origin", pa.string())])
 
 Progress = Callable[[int, int], None]  # rows done, rows in all
@@ -107,12 +108,12 @@ def dataset_folder(cfg: Data, storage: Path) -> Path:
     """Where the shards of a job's source stand: its own path if that is a dataset, else a folder in storage."""
     if cfg.path and (Path(cfg.path).expanduser() / "dataset.json").is_file():
         return Path(cfg.path).expanduser().resolve()
-    facts: list[Any] = [SCHEMA_VERSION, cfg.model_dump(exclude={"limit_per_class", "mode", "memory_bytes"})]
+    facts: list[Any] = [SCHEMA_VERSION, cfg.model_dump(exclude=LATER)]
+    if cfg.source != "synthetic":
+        facts[1] = {k: v for k, v in facts[1].items() if k not in ("image_size", "rows", "classes")}
     if cfg.source in ("folder", "parquet") and cfg.path:
         root = Path(cfg.path).expanduser()
         facts[1]["path"] = str(root.resolve())
-        if cfg.source == "folder":
-            facts[1].pop("image_size")
         for file in sorted(root.rglob("*")):
             if file.is_file():
                 facts.append((str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns))
@@ -193,9 +194,7 @@ def _assign(source: sources.Source, cfg: Data) -> dict[Any, str]:
 class _Writer:
     """Checks pictures and writes shards; gathers what the manifest says."""
 
-    def __init__(
-        self, folder: Path, cfg: Data, source: sources.Source, total: int, progress: Progress | None
-    ) -> None:
+    def __init__(self, folder: Path, cfg: Data, source: sources.Source, total: int, progress: Progress | None) -> None:
         self.folder, self.cfg, self.source, self.total = folder, cfg, source, total
         self.progress = progress or (lambda done, total: None)
         self.done = 0
@@ -212,13 +211,13 @@ class _Writer:
         for table in self._tables(split, rows, counts):
             name = f"{split}-{len(shards):05d}.parquet"
             pq.write_table(
-                table, self.folder / name, row_group_size=ROW_GROUP, compression={"label": "zstd", "origin": "zstd",
-                                                                                  "image": "none"},
+                table,
+                self.folder / name,
+                row_group_size=ROW_GROUP,
+                compression={"label": "zstd", "origin": "zstd", "image": "none"},
             )
             file = self.folder / name
-            shards.append(
-                {"name": name, "rows": len(table), "bytes": file.stat().st_size, "sha256": sha256_file(file)}
-            )
+            shards.append({"name": name, "rows": len(table), "bytes": file.stat().st_size, "sha256": sha256_file(file)})
         if not shards:
             raise DataError(f"the {split} split is empty: every picture of it is in quarantine")
         self.splits[split] = {"rows": sum(s["rows"] for s in shards), "class_counts": counts, "shards": shards}

@@ -78,9 +78,7 @@ class Shared(NamedTuple):
         """The dataset; its arrays are read-only views of the object store."""
         names = list(self.refs)
         parts = dict(zip(names, ray.get([self.refs[name] for name in names]), strict=True))
-        return Dataset(
-            parts["train"], parts["val"], parts["test"], self.classes, self.mean, self.std
-        )
+        return Dataset(parts["train"], parts["val"], parts["test"], self.classes, self.mean, self.std)
 
 
 def share(data: Dataset) -> Shared:

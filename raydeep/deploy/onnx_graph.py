@@ -84,9 +84,7 @@ def _node(graph: _Graph, layer: str) -> Any:
     return node
 
 
-def to_integers(
-    model: onnx.ModelProto, layers: dict[str, Any], tensors: dict[str, np.ndarray]
-) -> onnx.ModelProto:
+def to_integers(model: onnx.ModelProto, layers: dict[str, Any], tensors: dict[str, np.ndarray]) -> onnx.ModelProto:
     """Quantize the layers of a float graph that have both weight and activation bits.
 
     Args:
@@ -140,12 +138,12 @@ def _quantize_input(graph: _Graph, node: Any, name: str, act: dict[str, Any]) ->
             break
         chain.append(source)
     low, high = activation_range(act["bits"], act["signed"])
-    scale = graph.constant(f"{name}.in.scale", np.float32(act["step"]).reshape(()))
-    zero = graph.constant(f"{name}.in.zero", np.uint8(-low).reshape(()))
+    scale = graph.constant(f"{name}.in.scale", np.array(act["step"], np.float32))
+    zero = graph.constant(f"{name}.in.zero", np.array(-low, np.uint8))
     for depth, member in enumerate(chain):
         tensor, key, nodes = member.input[0], f"{name}.in{depth}", []
         if act["bits"] < 8 and depth == len(chain) - 1:
-            top = graph.constant(f"{name}.in.max", np.float32(high * np.float32(act["step"])).reshape(()))
+            top = graph.constant(f"{name}.in.max", np.array(high * np.float32(act["step"]), np.float32))
             nodes.append(helper.make_node("Clip", [tensor, "", top], [f"{key}.clip"], name=f"{key}.clip"))
             tensor = f"{key}.clip"
         nodes.append(helper.make_node("QuantizeLinear", [tensor, scale, zero], [f"{key}.q"], name=f"{key}.q"))

@@ -27,7 +27,11 @@ Tensors = dict[str, torch.Tensor]
 
 
 def make_spec(
-    name: str, args: dict[str, Any], classes: list[str], shape: tuple[int, int, int], mean: list[float],
+    name: str,
+    args: dict[str, Any],
+    classes: list[str],
+    shape: tuple[int, int, int],
+    mean: list[float],
     std: list[float],
 ) -> dict[str, Any]:
     """The spec of an uncompressed network; `input` is height, width, channels."""
@@ -71,7 +75,7 @@ def freeze(model: nn.Module, spec: dict[str, Any], fold: bool = True) -> tuple[d
             else:
                 tensors[f"{name}.weight"] = module.weight.detach() + 0.0  # type: ignore[operator]  # no -0.0
             if module.bias is not None:
-                tensors[f"{name}.bias"] = module.bias.detach().clone()  # type: ignore[union-attr, operator]
+                tensors[f"{name}.bias"] = module.bias.detach().clone()  # type: ignore[operator]
         act = getattr(module, "input_quant", None)
         if act is not None:
             entry["activation"] = {
@@ -102,7 +106,7 @@ def thaw(spec: dict[str, Any], tensors: Tensors) -> nn.Module:
     for conv, bn in spec["folded"]:
         module = model.get_submodule(conv)
         if module.bias is None:
-            module.bias = nn.Parameter(torch.zeros(module.weight.shape[0]))  # type: ignore[union-attr, index, arg-type]
+            module.bias = nn.Parameter(torch.zeros(module.weight.shape[0]))
         parent, _, leaf = bn.rpartition(".")
         setattr(model.get_submodule(parent), leaf, nn.Identity())
     state = {}

@@ -204,11 +204,10 @@ def _adapt(model: nn.Module, in_channels: int, side: int) -> None:
         model.maxpool = nn.Identity()
     if first.in_channels == in_channels and not small:
         return
-    kernel = 3 if small else first.kernel_size[0]
-    new = nn.Conv2d(
-        in_channels, first.out_channels, kernel, 1 if small else first.stride,  # type: ignore[arg-type]
-        1 if small else first.padding, bias=first.bias is not None,  # type: ignore[arg-type]
-    )
+    stem: dict[str, Any] = {"kernel_size": first.kernel_size, "stride": first.stride, "padding": first.padding}
+    if small:
+        stem = {"kernel_size": 3, "stride": 1, "padding": 1}
+    new = nn.Conv2d(in_channels, first.out_channels, bias=first.bias is not None, **stem)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)

@@ -69,9 +69,7 @@ def read_run(run_dir: Path) -> Run:
         RaydeepError: If the folder is no run, or one of its whole files can't be parsed.
     """
     if not run_dir.is_dir():
-        raise RaydeepError(
-            f"{run_dir}: no such folder; expected a run folder, as raydeep train or search writes"
-        )
+        raise RaydeepError(f"{run_dir}: no such folder; expected a run folder, as raydeep train or search writes")
     if not any((run_dir / name).is_file() for name in ("job.yaml", "provenance.json")):
         raise RaydeepError(
             f"{run_dir} is not a run folder: it has neither job.yaml nor provenance.json; "

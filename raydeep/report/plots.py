@@ -42,9 +42,7 @@ def plot_data(run: Run) -> dict[str, Any]:
     return {
         "points": points,
         "front": non_dominated([(row["bytes"], -row["val_accuracy"]) for row in rows]),
-        "dense": {name: _short(dense.get(name)) for name in POINT_COLUMNS}
-        if dense and _drawable(dense)
-        else None,
+        "dense": {name: _short(dense.get(name)) for name in POINT_COLUMNS} if dense and _drawable(dense) else None,
         "pick": points["label"].index(label) if label is not None and label in points["label"] else None,
         "frame": frame([row["val_accuracy"] for row in rows]),
         "curves": [

@@ -50,7 +50,7 @@ def verification(run: Run) -> str:
     if not rows or not all(row.get("verified") is True for row in rows):
         return ""
     n = number(rows[0].get("rows"))
-    over = f"{n:.0f} test images" if n else "test images"
+    over = f"{n:.0f} validation and test images" if n else "validation and test images"
     differ = [
         f"{number(row.get(key)):.0f} by {row.get('label')} ({kind})"
         for row in rows
@@ -130,8 +130,7 @@ def provenance(run: Run) -> list[tuple[str, str]]:
     """Name and value of each fact known about where the results come from."""
     known = run.provenance
     hardware, dataset, versions = (
-        part if isinstance(part := known.get(key), dict) else {}
-        for key in ("hardware", "dataset", "versions")
+        part if isinstance(part := known.get(key), dict) else {} for key in ("hardware", "dataset", "versions")
     )
     cores, memory, gpus = (hardware.get(key) for key in ("cores", "memory_bytes", "gpus"))
     rows, shape, classes = (dataset.get(key) for key in ("rows", "image", "classes"))

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from raydeep.report.folder import Run, number
+from raydeep.search.pareto import smallest_close
 
-NEAR = 0.01  # a model "keeps" the dense model's accuracy if it is at most this much lower (1 point)
 ABSENT = "–"
 
 
@@ -78,28 +78,28 @@ def _smaller(ratio: float | None, size_bytes: Any) -> str:
 
 def _recipe(row: dict[str, Any]) -> str:
     weight, activation = number(row.get("weight_bits")), number(row.get("activation_bits"))
-    parts = (
-        [f"{percent(row.get('sparsity'), 0)} of its weights are zero"] if number(row.get("sparsity")) else []
-    )
+    parts = [f"{percent(row.get('sparsity'), 0)} of its weights are zero"] if number(row.get("sparsity")) else []
     parts.append("float weights" if weight is None else f"{weight:.0f}-bit weights")
     parts.append("float activations" if activation is None else f"{activation:.0f}-bit activations")
     return ", ".join(parts) + (", taught by the dense model" if row.get("distill") else "")
 
 
 def _sound(row: dict[str, Any]) -> bool:
-    known = all(number(row.get(key)) is not None for key in ("test_accuracy", "bytes"))
+    known = all(number(row.get(key)) is not None for key in ("val_accuracy", "test_accuracy", "bytes"))
     return known and row.get("verified", True) is not False
 
 
 def pick(run: Run) -> dict[str, Any] | None:
-    """The smallest verified model of the front within 1 point of the dense model's test accuracy."""
-    dense = number((run.dense or {}).get("test_accuracy"))
-    near = [
-        row
-        for row in run.models
-        if dense is not None and _sound(row) and dense - row["test_accuracy"] <= NEAR + 1e-9
-    ]
-    return min(near, key=lambda row: row["bytes"], default=None)
+    """The smallest verified model of the front within 1 point of the dense model's validation accuracy."""
+    dense = number((run.dense or {}).get("val_accuracy"))
+    return None if dense is None else smallest_close([row for row in run.models if _sound(row)], dense)
+
+
+def test_rows(run: Run) -> float | None:
+    """Pictures of the test split."""
+    dataset = run.provenance.get("dataset")
+    rows = dataset.get("rows") if isinstance(dataset, dict) else None
+    return number(rows.get("test")) if isinstance(rows, dict) else None
 
 
 def answer(run: Run) -> tuple[str, str]:
@@ -112,7 +112,7 @@ def answer(run: Run) -> tuple[str, str]:
     if dense is None:
         return _unfinished(run)
     reference = f"{percent(dense.get('test_accuracy'))} at {size(dense.get('bytes'))}"
-    n, accuracy = number(dense.get("rows")), number((chosen or dense).get("test_accuracy"))
+    n, accuracy = test_rows(run), number((chosen or dense).get("test_accuracy"))
     doubt = ""
     if n and accuracy is not None:
         error = (accuracy * (1 - accuracy) / n) ** 0.5
@@ -123,17 +123,17 @@ def answer(run: Run) -> tuple[str, str]:
         tail = f"{smaller} and {speed}" if speed else f"{smaller} than the dense model"
         return (
             f"At {percent(chosen.get('test_accuracy'))} test accuracy, {size(chosen.get('bytes'))}: {tail}.",
-            f"Model {chosen.get('label')} is the smallest of the front whose test accuracy is within 1 point "
-            f"of the dense model’s ({reference}): {_recipe(chosen)}.{doubt}",
+            f"Model {chosen.get('label')} is the smallest of the front whose validation accuracy is within "
+            f"1 point of the dense model’s (test accuracy {reference}): {_recipe(chosen)}.{doubt}",
         )
     known = [row for row in run.models if _sound(row)]
     if known:
-        best = max(known, key=lambda row: row["test_accuracy"])
+        best = max(known, key=lambda row: row["val_accuracy"])
         smaller = _smaller(number(best.get("compression_ratio")), best.get("bytes"))
         return (
             f"No compressed model stays within 1 point of the dense model’s "
-            f"{percent(dense.get('test_accuracy'))} test accuracy.",
-            f"The closest, {best.get('label')}, reaches {percent(best.get('test_accuracy'))} at "
+            f"{percent(dense.get('val_accuracy'))} validation accuracy.",
+            f"The closest, {best.get('label')}, reaches {percent(best.get('val_accuracy'))} at "
             f"{size(best.get('bytes'))} ({smaller}).{doubt}",
         )
     if run.models:

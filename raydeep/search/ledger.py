@@ -32,8 +32,9 @@ class Ledger:
             old = {k: v for k, v in lines[0].items() if k != "schema"}
             changed = sorted(k for k in {*old, *facts} if old.get(k) != facts.get(k))
             if lines[0].get("schema") != SCHEMA_VERSION or changed:
-                raise JobError(f"{path}: made by another search (differs in {', '.join(changed) or 'schema'}); "
-                               f"start a new run")
+                raise JobError(
+                    f"{path}: made by another search (differs in {', '.join(changed) or 'schema'}); start a new run"
+                )
         self.rows: dict[int, dict[str, Any]] = {row["trial"]: row for row in lines if "trial" in row}
 
     def add(self, row: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 def non_dominated(points: Sequence[Sequence[float]]) -> list[int]:
@@ -32,3 +33,19 @@ def spread(indices: Sequence[int], most: int) -> list[int]:
     if most == 1:
         return [indices[-1]]
     return [indices[round(k * (len(indices) - 1) / (most - 1))] for k in range(most)]
+
+
+CLOSE = 0.01  # accuracy that a model may lose against the dense one and still stand for it (1 point)
+
+
+def smallest_close(rows: Sequence[dict[str, Any]], dense: float) -> dict[str, Any] | None:
+    """The smallest model whose validation accuracy is within 1 point of the dense model's.
+
+    Chosen on validation, so that the test accuracy quoted beside it is not picked for being high.
+
+    Args:
+        rows: with `val_accuracy` and `bytes`.
+        dense: validation accuracy of the dense model.
+    """
+    close = [row for row in rows if dense - row["val_accuracy"] <= CLOSE + 1e-9]
+    return min(close, key=lambda row: row["bytes"], default=None)

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from raydeep.compress.plan import Dense
     from raydeep.data.stream import Shared
 
-OBJECTIVES = ("val_accuracy", "bytes")
-DIRECTIONS = ("maximize", "minimize")
+OBJECTIVES = ("val_accuracy", "bytes")  # up, down
 
 
 def trial_seed(seed: int, trial: int) -> int:
@@ -51,8 +50,10 @@ class Proposer(Searcher):
         cfg = job.search
         self.space, self.ledger, self.on_trial, self.seed = cfg.space, ledger, on_trial, job.seed
         sampler = optuna.samplers.TPESampler(seed=job.seed, n_startup_trials=cfg.startup_trials)
-        self.study = optuna.create_study(directions=list(DIRECTIONS), sampler=sampler)
-        self.distributions = {k: optuna.distributions.CategoricalDistribution(v) for k, v in cfg.space.items()}
+        self.study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+        self.distributions: dict[str, optuna.distributions.BaseDistribution] = {
+            k: optuna.distributions.CategoricalDistribution(v) for k, v in cfg.space.items()
+        }
         self.all = space.everything(cfg.space)
         self.total = min(cfg.trials, len(self.all))
         self.results: dict[str, dict[str, Any] | None] = {}  # None while it runs
@@ -71,7 +72,7 @@ class Proposer(Searcher):
             values=[row[name] for name in OBJECTIVES] if done else None,
         )  # fmt: skip
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         """The next configuration, as Ray Tune asks for it."""
         number = next(self.numbers, None)
         if number is None:
@@ -95,16 +96,14 @@ class Proposer(Searcher):
         config = self.fill.choice([c for c in self.all if space.key(c) not in self.results])
         return None, config
 
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Ray Tune says that a trial ended."""
         if trial_id not in self.asked:
             return
         number, asked, config = self.asked.pop(trial_id)
         if error or not result or "status" not in result:
             result = {"status": "failed", "error": "the trial's process died"}
-        row = {"trial": number, "config": config, "seed": trial_seed(self.seed, number)}
+        row: dict[str, Any] = {"trial": number, "config": config, "seed": trial_seed(self.seed, number)}
         row |= {name: result[name] for name in ROW if name in result}
         if asked is None:
             self.study.add_trial(self._finished(row))
@@ -116,6 +115,10 @@ class Proposer(Searcher):
         self.ledger.add(row)
         if self.on_trial is not None:
             self.on_trial(row)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its own state of a search, but the ledger is what this one resumes from."""
+        return {}
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger is what a search resumes from."""
@@ -133,6 +136,9 @@ ROW = (
 class _TooManyFailed(Stopper):
     def __init__(self, ledger: Ledger, most: int) -> None:
         self.ledger, self.most = ledger, most
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
@@ -177,7 +183,7 @@ class CompressionTrial(tune.Trainable):
         from raydeep.compress.plan import compress
 
         job = self.job.with_values(self.proposal["values"])
-        result = compress(job, self.dense, self.data, self.proposal["seed"])
+        result = compress(job, self.dense, self.data, self.proposal["seed"], "cuda" if job.scaling.use_gpu else "cpu")
         folder = trial_folder(self.run_path, self.proposal["trial"])
         save_predictions(folder, result.val_predictions, result.test_predictions)
         write_bytes(folder / "model.rdz", result.packed)
@@ -214,7 +220,13 @@ def load_predictions(folder: Path) -> dict[str, np.ndarray]:
 
 
 def run_trials(
-    job: Job, run: Path, data: Shared, dense: Dense, dense_bytes: int, ledger: Ledger, concurrent: int,
+    job: Job,
+    run: Path,
+    data: Shared,
+    dense: Dense,
+    dense_bytes: int,
+    ledger: Ledger,
+    concurrent: int,
     on_trial: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Run the trials that the ledger does not hold yet.

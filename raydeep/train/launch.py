@@ -90,6 +90,7 @@ def _quiet(log: Path) -> Callable[[], None]:
 
     saved = warnings.showwarning
     handler = logging.FileHandler(log, delay=True)
+    handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.captureWarnings(True)
     logger = logging.getLogger("py.warnings")
@@ -134,7 +135,6 @@ def train(job: Job, run: Run, data: Any, spec: dict[str, Any], on_line: OnLine |
     Raises:
         RaydeepError: what a worker raised.
     """
-    import ray.train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 

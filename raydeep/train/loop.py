@@ -72,8 +72,10 @@ def fit(
     optimizer = make_optimizer(model, cfg, lr)
     if resume is not None:
         state = resume.optimizer
-        groups = [{**g, "params": own["params"]} for g, own in zip(
-            state["param_groups"], optimizer.state_dict()["param_groups"], strict=True)]
+        groups = [
+            {**g, "params": own["params"]}
+            for g, own in zip(state["param_groups"], optimizer.state_dict()["param_groups"], strict=True)
+        ]
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     wrapped = parallel.wrap(model, device)
     total = epochs * batches.steps_per_epoch

@@ -44,8 +44,8 @@ def plan(
     if need > cores:
         raise ResourceError(
             f"scaling.workers {workers} × cpus_per_worker {cpus_per_worker:g} = {need:g} CPUs, but {where} has "
-            f"{cores}; lower one of them" + (f" (workers: at most {int(cores / cpus_per_worker)})" if
-                                             cores >= cpus_per_worker else "")
+            f"{cores}; lower one of them"
+            + (f" (workers: at most {int(cores / cpus_per_worker)})" if cores >= cpus_per_worker else "")
         )
     if use_gpu and workers > gpus:
         raise ResourceError(

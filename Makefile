@@ -1,0 +1,33 @@
+# make demo, make test: all that is needed is Python 3.11 or newer, make and a package index.
+PYTHON ?= python3
+READY := .venv/.installed
+
+.PHONY: demo test fast cluster lint clean
+
+demo: $(READY)
+	.venv/bin/raydeep search jobs/digits.yaml
+
+test: fast cluster
+
+fast: $(READY)
+	.venv/bin/python -m pytest
+
+cluster: $(READY)
+	.venv/bin/python -m pytest -m cluster
+
+lint: $(READY)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "raydeep needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "Installing into .venv (once; torch and Ray: about 6 GB, 1 to 3 minutes)"
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv -c constraints.txt
+	.venv/bin/uv pip install --quiet --python .venv/bin/python --compile-bytecode -e '.[dev]' -c constraints.txt
+	@touch $(READY)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,374 @@
+"""The stages in order: what the command line calls."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raydeep.config import Job
+from raydeep.errors import DataError, ModelError, RaydeepError
+from raydeep.ops.console import Ui
+from raydeep.run import Run, read_json, sha256_file, write_json
+
+if TYPE_CHECKING:
+    from raydeep.compress.plan import Dense
+    from raydeep.data.resident import Dataset
+    from raydeep.data.shards import Manifest
+    from raydeep.deploy.verify import Candidate
+    from raydeep.train.sizing import Plan
+
+
+def prepare(job: Job, ui: Ui) -> Manifest:
+    """Shard the job's source if need be, and check that job, data and network go together."""
+    from raydeep.data import resident, shards
+
+    with ui.stage("data") as stage:
+        storage = Path(job.storage).expanduser().resolve()
+        manifest = shards.prepare(job.data, storage, lambda done, total: stage.update(done, total, "pictures"))
+        resident.check_memory(manifest, job.data)
+        counts = manifest.splits["train"]["class_counts"]
+        limit = job.data.limit_per_class or max(counts)
+        rows = sum(min(count, limit) for count in counts)
+        batch = max(job.train.batch_size, job.recover.batch_size or 0)
+        if batch > rows:
+            raise DataError(
+                f"train.batch_size {batch} is larger than the train split of {rows:,} rows; lower it to at most {rows}"
+            )
+        height, width, channels = manifest.shape(job.data)
+        stage.text = (
+            f"{rows:,} train, {manifest.rows('val'):,} val, {manifest.rows('test'):,} test pictures of "
+            f"{height}×{width}×{channels}, {len(manifest.classes)} classes"
+        )
+        if manifest.quarantined:
+            stage.text += f"; {manifest.quarantined} in quarantine ({manifest.path / 'quarantine.jsonl'})"
+    return manifest
+
+
+@dataclass
+class Session:
+    """One run with Ray started and the data loaded."""
+
+    job: Job
+    run: Run
+    ui: Ui
+    manifest: Manifest
+    plan: Plan
+    data: Dataset
+    shared: Any
+    spec: dict[str, Any]
+
+
+def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: Ui) -> Session:
+    """Check everything that can be checked, make the run folder, start Ray, load the data."""
+    from raydeep.model import artifact
+    from raydeep.train import launch
+
+    manifest = prepare(job, ui)
+    spec = artifact.make_spec(
+        job.model.name, job.model.args, manifest.classes, manifest.shape(job.data), manifest.mean, manifest.std
+    )
+    artifact.build(spec)
+    if run is None:
+        run = Run.create(job, command)
+    ui.say(f"  run        {run.path}")
+    with ui.stage("ray") as stage:
+        plan = stack.enter_context(launch.cluster(job, run.path / "ray.log"))
+        from raydeep.data import stream
+
+        data = stream.load(manifest, job.data, lambda done, total: stage.update(done, total, "pictures decoded"))
+        shared = stream.share(data)
+        stage.text = f"{job.scaling.workers} workers, {plan.concurrent_trials} trials at once"
+    spec |= {"mean": data.mean, "std": data.std}
+    sizes = {split: len(getattr(data, split).labels) for split in ("train", "val", "test")}
+    run.note(dataset={
+        "hash": manifest.hash, "classes": manifest.classes, "rows": sizes, "image": list(data.shape),
+        "path": str(manifest.path),
+    })  # fmt: skip
+    return Session(job, run, ui, manifest, plan, data, shared, spec)
+
+
+def train_dense(session: Session) -> Dense:
+    """The dense model of a run: trained (or resumed), exported to `models/dense`, evaluated."""
+    from raydeep.compress import pack, plan
+    from raydeep.deploy import export
+    from raydeep.model import artifact
+    from raydeep.search import tune
+    from raydeep.train import checkpoint, launch
+    from raydeep.train.metrics import confusion
+
+    run, ui, data, job = session.run, session.ui, session.data, session.job
+    folder = run.model("dense")
+    if (folder / "SHA256SUMS").exists():
+        artifact.check_sums(folder)
+        return plan.Dense(*artifact.load_model(folder))
+    with ui.stage("train") as stage:
+
+        def line(row: dict[str, Any]) -> None:
+            stage.update(
+                row["epoch"], row["epochs"],
+                f"epoch {row['epoch']}/{row['epochs']}, loss {row['train_loss']:.3f}, val {row['val_accuracy']:.2%}",
+            )  # fmt: skip
+
+        launch.train(job, run, session.shared, session.spec, line)
+        last = checkpoint.latest(run.path / "checkpoints")
+        if last is None or last.epoch < job.train.epochs:
+            raise RaydeepError(f"{run.path}: training ended without its last checkpoint; see {run.path}/ray.log")
+        model = artifact.build(session.spec)
+        model.load_state_dict(last.model)
+        spec, tensors = artifact.freeze(model.eval(), session.spec, fold=False)
+        packed = pack.pack(spec, tensors)
+        result = plan.measure(packed, data, job.train.eval_batch_size)
+        tune.save_predictions(run.path / "trials" / "dense", result.val_predictions, result.test_predictions)
+        write_json(
+            run.path / "evaluation.json",
+            {
+                "split": "test", "accuracy": result.test_accuracy,
+                "confusion": confusion(data.test.labels, result.test_predictions, len(data.classes)).tolist(),
+            },
+        )  # fmt: skip
+        export.write_model(folder, packed)
+        stage.text = (
+            f"{job.model.name}: {result.test_accuracy:.2%} test, {result.val_accuracy:.2%} val accuracy after "
+            f"{last.epoch} epochs"
+        )
+    return plan.Dense(*artifact.load_model(folder))
+
+
+def train(job: Job, command: str, ui: Ui, resume: Run | None = None) -> Run:
+    """Train the dense model of a job; verify and report it."""
+    with ExitStack() as stack:
+        session = open_session(stack, job, resume, command, ui)
+        train_dense(session)
+    finish(session.run, session.data, [], ui)
+    return session.run
+
+
+def compress(job: Job, command: str, ui: Ui, start: Path | None = None, resume: Run | None = None) -> Run:
+    """Compress once, as the prune, quantize, distill and recover sections say: a search of one trial."""
+    alone = job.model_copy(update={"search": job.search.model_copy(update={"space": {}, "trials": 1})})
+    return search(alone, command, ui, start=start, resume=resume)
+
+
+def search(job: Job, command: str, ui: Ui, start: Path | None = None, resume: Run | None = None) -> Run:
+    """Train, search, export the front, verify it in a clean process, report.
+
+    Args:
+        job: the job.
+        command: for the provenance.
+        ui: the terminal.
+        start: run or model folder whose dense model is taken instead of training one.
+        resume: a run to go on with.
+    """
+    from raydeep.search.ledger import Ledger
+
+    with ExitStack() as stack:
+        session = open_session(stack, job, resume, command, ui)
+        if start is not None:
+            _take_dense(session, start)
+        dense = train_dense(session)
+        from raydeep.search import tune
+
+        file = session.run.model("dense") / "model.safetensors"
+        ledger = Ledger(
+            session.run.path / "ledger.jsonl",
+            {
+                "space": job.search.space, "seed": job.seed, "dense_sha256": sha256_file(file),
+                "dataset": session.manifest.hash,
+            },
+        )  # fmt: skip
+        with ui.stage("search") as stage:
+            total = min(job.search.trials, _configurations(job))
+
+            def on_trial(row: dict[str, Any]) -> None:
+                best = max((r["val_accuracy"] for r in ledger.done()), default=0.0)
+                least = min((r["bytes"] for r in ledger.done()), default=0)
+                failed = f", {len(ledger.failed())} failed" if ledger.failed() else ""
+                stage.update(len(ledger.rows), total, f"trials, best val {best:.2%}, smallest {least:,} bytes{failed}")
+
+            tune.run_trials(
+                job, session.run.path, session.shared, dense, file.stat().st_size, ledger,
+                session.plan.concurrent_trials, on_trial,
+            )  # fmt: skip
+            done, failed = ledger.done(), ledger.failed()
+            stage.text = f"{len(done)} trials finished, {len(failed)} failed"
+            if len(failed) > job.search.max_failed or not done:
+                reason = failed[0]["error"].strip().splitlines()[-1] if failed else "no trial ran"
+                raise RaydeepError(
+                    f"{len(failed)} trials failed (search.max_failed {job.search.max_failed}): {reason}; tracebacks "
+                    f"are in {ledger.path}; once mended, start anew with --from {session.run.path}"
+                )
+            if len(ledger.rows) < total:
+                raise KeyboardInterrupt  # Ray Tune ends quietly on Ctrl-C, its front would be that of a part
+    finish(session.run, session.data, done, ui)
+    return session.run
+
+
+def _configurations(job: Job) -> int:
+    from raydeep.search import space
+
+    return len(space.everything(job.search.space))
+
+
+def _take_dense(session: Session, start: Path) -> None:
+    """Copy the dense model of another run, with what it predicts here."""
+    from raydeep.compress import pack, plan
+    from raydeep.deploy import export
+    from raydeep.model import artifact
+    from raydeep.search import tune
+
+    folder = start / "models" / "dense" if (start / "models" / "dense").is_dir() else start
+    if not (folder / "spec.json").is_file():
+        raise ModelError(f"{start}: neither a run with models/dense nor a model folder")
+    artifact.check_sums(folder)
+    spec, tensors = artifact.load_model(folder)
+    if ":" in spec["model"]["name"] and spec["model"]["name"] != session.job.model.name:
+        raise ModelError(
+            f"{folder}: its network is {spec['model']['name']}; code of your own runs only if the job names it: set "
+            f"model.name={spec['model']['name']}"
+        )
+    if spec["layers"] or spec["folded"]:
+        raise ModelError(f"{folder}: compressed already; give a dense model")
+    if spec["classes"] != session.spec["classes"] or spec["input"] != session.spec["input"]:
+        raise ModelError(f"{folder}: made for other classes or another picture size than this job's data")
+    packed = pack.pack(spec, tensors)
+    result = plan.measure(packed, session.data, session.job.train.eval_batch_size)
+    tune.save_predictions(session.run.path / "trials" / "dense", result.val_predictions, result.test_predictions)
+    export.write_model(session.run.model("dense"), packed)
+
+
+def finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> None:
+    """Export the front, verify it, write front.json and the report, print the table."""
+    from raydeep.deploy import verify
+    from raydeep.report.page import write_report
+
+    with ui.stage("export") as stage:
+        chosen = _front(run.job, trials)
+        candidates = [_candidate(run, "dense")]
+        for i, row in enumerate(chosen):
+            stage.update(i, len(chosen), f"model t{row['trial']:03d}")
+            candidates.append(export_trial(run, row["trial"]))
+        stage.text = f"{len(chosen)} models of the front" if chosen else "the dense model"
+    with ui.stage("verify") as stage:
+        facts = verify.verify(
+            candidates, run.model("dense"), data, rounds=run.job.export.latency_rounds,
+            batch_size=run.job.export.batch_size,
+        )  # fmt: skip
+        good = [row for row in chosen if facts[f"t{row['trial']:03d}"]["verified"]]
+        bad = [f"t{row['trial']:03d}" for row in chosen if row not in good]
+        stage.text = f"{len(good) + 1} models are in a clean process what they were when scored"
+        if not facts["dense"]["verified"]:
+            bad.append("dense")
+    front: dict[str, Any] = {
+        "dense": front_row(run, "dense", None, facts["dense"]),
+        "models": [front_row(run, f"t{r['trial']:03d}", r, facts[f"t{r['trial']:03d}"]) for r in good],
+        "unverified": [{"label": label, **facts[label]} for label in bad],
+    }
+    write_json(run.path / "front.json", front)
+    report = write_report(run.path)
+    shutil.rmtree(run.path / "ray", ignore_errors=True)
+    ui.say("")
+    ui.front(front["dense"], front["models"])
+    ui.say("")
+    for label in bad:
+        ui.say(
+            f"left out: {label}: in a clean process {facts[label]['packed_differ']} predictions of the packed file and "
+            f"{facts[label]['onnx_differ']} of the ONNX file differ, of {facts[label]['rows']}"
+        )
+    if front["models"]:
+        ui.say(verdict(front))
+    ui.say(f"report     {report}")
+    ui.say(f"models     {run.path / 'models'}")
+
+
+def _front(job: Job, trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Trials on the front of validation accuracy and bytes, smallest last; at most export.max_models."""
+    from raydeep.search import pareto
+
+    points = [(-row["val_accuracy"], row["bytes"]) for row in trials]
+    return [trials[i] for i in pareto.spread(pareto.non_dominated(points), job.export.max_models)]
+
+
+def _candidate(run: Run, label: str) -> Candidate:
+    from raydeep.deploy.verify import Candidate
+    from raydeep.search import tune
+
+    found = tune.load_predictions(run.path / "trials" / label)
+    return Candidate(run.model(label), found["val"], found["test"])
+
+
+def export_trial(run: Run, trial: int) -> Candidate:
+    """Write the model folder of a trial.
+
+    Raises:
+        RaydeepError: the run has no such trial.
+    """
+    from raydeep.deploy import export
+
+    label = f"t{trial:03d}"
+    file = run.path / "trials" / label / "model.rdz"
+    if not file.is_file():
+        raise RaydeepError(f"{run.path}: no finished trial {trial} (no {file.relative_to(run.path)})")
+    export.write_model(run.model(label), file.read_bytes())
+    return _candidate(run, label)
+
+
+def front_row(run: Run, label: str, trial: dict[str, Any] | None, facts: dict[str, Any]) -> dict[str, Any]:
+    """One row of front.json: what the search chose, and what the clean process measured."""
+    job = run.job if trial is None else run.job.with_values(trial["config"])
+    row = {
+        "label": label, "trial": None if trial is None else trial["trial"],
+        "val_accuracy": facts["val_accuracy"], "test_accuracy": facts["test_accuracy"],
+        "bytes": facts["bytes"] if trial else facts["dense_bytes"], "onnx_bytes": facts["onnx_bytes"],
+        "sparsity": trial["sparsity"] if trial else 0.0,
+        "weight_bits": job.quantize.weight_bits if trial else None,
+        "activation_bits": job.quantize.activation_bits if trial else None,
+        "distill": job.distill.enabled if trial else False,
+        **{k: facts[k] for k in (
+            "latency_ms", "latency_ratio", "latency_spread", "verified", "packed_differ", "onnx_differ", "rows",
+        )},
+    }  # fmt: skip
+    row["compression_ratio"] = facts["dense_bytes"] / row["bytes"]
+    return row
+
+
+def verdict(front: dict[str, Any]) -> str:
+    """One sentence: the smallest model that is close to the dense one on validation, with its test accuracy."""
+    from raydeep.search.pareto import smallest_close
+
+    dense = front["dense"]
+    best = smallest_close(front["models"], dense["val_accuracy"])
+    if best is None:
+        return "no model of the front is within 1 point of the dense model's validation accuracy"
+    return (
+        f"{best['label']}: {best['test_accuracy']:.2%} test accuracy (dense {dense['test_accuracy']:.2%}) in "
+        f"{best['bytes']:,} bytes: {best['compression_ratio']:.1f}× smaller, {best['latency_ratio']:.2f}× the speed"
+    )
+
+
+def export(run: Run, trial: int, ui: Ui) -> Path:
+    """Export one trial of a finished search, verified against the run's data."""
+    from raydeep.data import resident, shards
+    from raydeep.deploy import verify
+
+    dataset = Path(read_json(run.path / "provenance.json").get("dataset", {}).get("path", ""))
+    with ui.stage("export") as stage:
+        candidate = export_trial(run, trial)
+        data = resident.read_dataset(shards.load_manifest(dataset), run.job.data)
+        facts = verify.verify(
+            [candidate], run.model("dense"), data, rounds=run.job.export.latency_rounds,
+            batch_size=run.job.export.batch_size,
+        )[candidate.folder.name]  # fmt: skip
+        if not facts["verified"]:
+            raise RaydeepError(
+                f"{candidate.folder}: {facts['packed_differ']} packed and {facts['onnx_differ']} ONNX predictions "
+                f"of {facts['rows']} differ from the trial's; don't deploy it"
+            )
+        stage.text = (
+            f"{candidate.folder.name}: {facts['test_accuracy']:.2%} test accuracy, {facts['bytes']:,} bytes, "
+            f"{facts['latency_ratio']:.2f}× the speed of the dense model"
+        )
+    ui.say(f"model      {candidate.folder}")
+    return candidate.folder

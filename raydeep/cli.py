@@ -1,0 +1,176 @@
+"""The command line: thin doors, each imports its stage when it is opened."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from raydeep import __version__
+from raydeep.errors import RaydeepError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Scarce data, scarce compute: augment, train, compress and search image classifiers, from one job file.",
+)  # fmt: skip
+
+JobFile = Annotated[Path | None, typer.Argument(help="Job file (YAML); see jobs/")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: section.key=value")]
+Resume = Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run folder")]
+From = Annotated[
+    Path | None, typer.Option("--from", metavar="RUN", help="Start from the dense model of this run or model folder")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"raydeep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _run_stage(stage: str, job: Path | None, sets: list[str] | None, resume: Path | None, start: Path | None) -> None:
+    from raydeep import api
+    from raydeep.config import load_job
+    from raydeep.errors import JobError
+    from raydeep.ops.console import Ui
+    from raydeep.run import Run
+
+    if (job is None) == (resume is None):
+        raise JobError(f"raydeep {stage} needs a job file or --resume RUN, and not both")
+    if resume is not None and (sets or start):
+        raise JobError("--resume goes on with the run's own job: --set and --from can't change it")
+    ui = Ui()
+    command = shlex.join(["raydeep", *sys.argv[1:]])
+    run = Run.open(resume) if resume is not None else None
+    resolved = run.job if run is not None else load_job(job or "", sets or [])
+    if stage == "train":
+        api.train(resolved, command, ui, resume=run)
+    elif stage == "compress":
+        api.compress(resolved, command, ui, start=start, resume=run)
+    else:
+        api.search(resolved, command, ui, start=start, resume=run)
+
+
+@app.command()
+def train(job: JobFile = None, sets: Sets = None, resume: Resume = None) -> None:
+    """Train the dense model of a job on Ray Train."""
+    _run_stage("train", job, sets, resume, None)
+
+
+@app.command()
+def compress(job: JobFile = None, sets: Sets = None, resume: Resume = None, start: From = None) -> None:
+    """Compress once, as the job says; no search."""
+    _run_stage("compress", job, sets, resume, start)
+
+
+@app.command()
+def search(job: JobFile = None, sets: Sets = None, resume: Resume = None, start: From = None) -> None:
+    """Search for the Pareto front; export and report it."""
+    _run_stage("search", job, sets, resume, start)
+
+
+@app.command()
+def shard(
+    source: Annotated[str, typer.Argument(help="digits, synthetic, or a folder of class folders or Parquet files")],
+    out: Annotated[Path, typer.Argument(help="New dataset folder")],
+    sets: Sets = None,
+) -> None:
+    """Write a dataset as Parquet shards with a manifest."""
+    from raydeep.config import parse_sets
+    from raydeep.data import shards
+    from raydeep.ops.console import Ui
+
+    if source in ("digits", "synthetic"):
+        found = {"source": source}
+    else:
+        kind = "parquet" if any(Path(source).expanduser().glob("*.parquet")) else "folder"
+        found = {"source": kind, "path": source}
+    job = parse_sets({"data": found}, sets or [])
+    ui = Ui()
+    with ui.stage("shard") as stage:
+        manifest = shards.write_dataset(job.data, out, lambda done, total: stage.update(done, total, "pictures"))
+        rows = ", ".join(f"{manifest.rows(split):,} {split}" for split in manifest.splits)
+        stage.text = f"{rows}, {len(manifest.classes)} classes, {manifest.quarantined} in quarantine"
+    ui.say(f"dataset    {out}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder of a search")],
+    trial: Annotated[int, typer.Option(min=0, help="Number of the trial (see ledger.jsonl or the report)")],
+) -> None:
+    """Export one trial of a search as a verified model folder."""
+    from raydeep import api
+    from raydeep.ops.console import Ui
+    from raydeep.run import Run
+
+    api.export(Run.open(run), trial, Ui())
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run folder")]) -> None:
+    """Write report.html anew, from the run folder alone."""
+    from raydeep.report.page import write_report
+
+    typer.echo(write_report(run.resolve()))
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="Model folder, for instance RUN/models/t012")],
+    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line")] = False,
+) -> None:
+    """Label pictures with an exported model."""
+    from raydeep.deploy.predict import predict as label
+
+    bad = 0
+    for row in label(model, images):
+        bad += row.error is not None
+        if as_json:
+            typer.echo(json.dumps(row._asdict()))
+        elif row.error is not None:
+            typer.echo(f"{row.path}\tcan't be read: {row.error}", err=True)
+        else:
+            typer.echo(f"{row.path}\t{row.label}\t{row.probability:.4f}")
+    if bad:
+        raise RaydeepError(f"{bad} of the pictures can't be read; the others are labelled")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a job, for editors."""
+    from raydeep.config import Job
+
+    typer.echo(json.dumps(Job.model_json_schema(), indent=2))
+
+
+def main() -> None:
+    """Entry point: what a user can mend is one line and exit code 2."""
+    sys.path.insert(0, os.getcwd())  # a user's own model, package.module:factory, stands where they run
+    try:
+        app()
+    except RaydeepError as err:
+        typer.echo(f"error: {err}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; go on with --resume and the run folder printed above", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

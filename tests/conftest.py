@@ -1,0 +1,70 @@
+"""Fixtures that the test files share: the digits, once a session, and picture folders in tmp_path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from raydeep.config import Augment, Data, Job, Model, Train
+
+if TYPE_CHECKING:  # what imports torch is imported by the fixtures that need it
+    from raydeep.data.resident import Dataset
+    from raydeep.data.shards import Manifest
+
+WritePictures = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def digits_manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """The digits as shards, with the default data section. Read only: all tests share them."""
+    from raydeep.data.shards import write_dataset
+
+    return write_dataset(Data(), tmp_path_factory.mktemp("digits") / "dataset")
+
+
+@pytest.fixture(scope="session")
+def digits(digits_manifest: Manifest) -> Dataset:
+    """The decoded digits. Read only: all tests share them."""
+    from raydeep.data.resident import read_dataset
+
+    data = read_dataset(digits_manifest, Data())
+    for split in (data.train, data.val, data.test):
+        split.images.flags.writeable = split.labels.flags.writeable = False
+    return data
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """A job for the digits that trains one epoch of a narrow seed network; its runs go to tmp_path/runs."""
+    return Job(
+        name="tiny",
+        storage=str(tmp_path / "runs"),
+        augment=Augment(),
+        model=Model(name="seed", args={"width": 8}),
+        train=Train(epochs=1, batch_size=64, lr=0.05, precision="float32"),
+    )
+
+
+@pytest.fixture
+def write_pictures() -> WritePictures:
+    """Writes `{class: count}` pictures of noise as class folders below a root, which it gives back."""
+
+    def write(
+        root: Path, counts: dict[str, int], *, size: tuple[int, int] = (8, 8), mode: str = "RGB", suffix: str = ".png"
+    ) -> Path:
+        rng = np.random.default_rng(len(counts))
+        width, height = size
+        for name, count in counts.items():
+            folder = root / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (height, width) if mode == "L" else (height, width, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i:03d}{suffix}")
+        return root
+
+    return write
