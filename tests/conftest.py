@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from raydeep.config import Augment, Data, Job, Model, Train
@@ -15,6 +16,9 @@ from raydeep.config import Augment, Data, Job, Model, Train
 if TYPE_CHECKING:  # what imports torch is imported by the fixtures that need it
     from raydeep.data.resident import Dataset
     from raydeep.data.shards import Manifest
+
+settings.register_profile("raydeep", deadline=None, derandomize=True, max_examples=40, database=None)
+settings.load_profile("raydeep")
 
 WritePictures = Callable[..., Path]
 

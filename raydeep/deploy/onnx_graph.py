@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from raydeep.model.artifact import bias_integers
 from raydeep.model.layers import activation_range
 
 MOVES = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")  # commute with quantization
@@ -113,16 +115,14 @@ def to_integers(model: onnx.ModelProto, layers: dict[str, Any], tensors: dict[st
         ))  # fmt: skip
         node.input[1] = f"{name}.weight.dq"
         if len(node.input) > 2 and node.input[2]:
-            step = (scale.astype(np.float64) * act["step"]).astype(np.float32)
-            bias = np.rint(tensors[f"{name}.bias"].astype(np.float64) / np.maximum(step, 1e-30))
-            if np.abs(bias).max(initial=0) < 2**31 - 1:
-                new.append(helper.make_node(
-                    "DequantizeLinear",
-                    [graph.constant(f"{name}.bias.q", bias.astype(np.int32)),
-                     graph.constant(f"{name}.bias.scale", step)],
-                    [f"{name}.bias.dq"], name=f"{name}.dq_bias", axis=0,
-                ))  # fmt: skip
-                node.input[2] = f"{name}.bias.dq"
+            step = scale * np.float32(act["step"])
+            bias = bias_integers(torch.from_numpy(tensors[f"{name}.bias"]), torch.from_numpy(step)).numpy()
+            new.append(helper.make_node(
+                "DequantizeLinear",
+                [graph.constant(f"{name}.bias.q", bias.astype(np.int32)), graph.constant(f"{name}.bias.scale", step)],
+                [f"{name}.bias.dq"], name=f"{name}.dq_bias", axis=0,
+            ))  # fmt: skip
+            node.input[2] = f"{name}.bias.dq"
         graph.before.setdefault(node.name, []).extend(new)
         _quantize_input(graph, node, name, act)
     graph.rebuild()

@@ -57,8 +57,6 @@ def predict(folder: Path, paths: list[Path]) -> Iterator[Prediction]:
         raise ModelError(f"{folder}: not a model folder (no model.onnx and spec.json); see RUN/models/")
     spec: dict[str, Any] = read_json(folder / "spec.json")
     height, width, channels = spec["input"]
-    if height != width:
-        raise ModelError(f"{folder}: takes {height}×{width} pictures; prediction from files needs square ones")
     run = open_onnx(folder / "model.onnx")
     for path in pictures(paths):
         try:
@@ -66,7 +64,11 @@ def predict(folder: Path, paths: list[Path]) -> Iterator[Prediction]:
         except (DataError, OSError) as err:
             yield Prediction(str(path), None, 0.0, str(err))
             continue
-        pixels = decode.to_pixels(picture, "grey" if channels == 1 else "rgb", height)
+        pixels = decode.to_pixels(picture, "grey" if channels == 1 else "rgb", height if height == width else None)
+        if pixels.shape != (height, width, channels):  # pictures that are not square are never scaled
+            found = f"{pixels.shape[0]}×{pixels.shape[1]} pixels, the model takes {height}×{width}"
+            yield Prediction(str(path), None, 0.0, found)
+            continue
         logits = run(pixels[None])[0].astype(np.float64)
         probabilities = np.exp(logits - logits.max())
         probabilities /= probabilities.sum()

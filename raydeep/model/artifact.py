@@ -85,6 +85,11 @@ def freeze(model: nn.Module, spec: dict[str, Any], fold: bool = True) -> tuple[d
             entries[name] = entry
     for conv, bn in pairs:
         _fold(tensors, conv, model.get_submodule(bn))
+    for name, entry in entries.items():
+        act = entry.get("activation")
+        if "weight_bits" in entry and act is not None and f"{name}.bias" in tensors:
+            step = tensors[f"{name}.weight.scale"] * act["step"]
+            tensors[f"{name}.bias"] = bias_integers(tensors[f"{name}.bias"], step).to(step.dtype) * step
     covered = set(found) | folded
     for key, value in model.state_dict().items():
         owner = next((c for c in covered if key.startswith(c + ".")), None)
@@ -92,6 +97,14 @@ def freeze(model: nn.Module, spec: dict[str, Any], fold: bool = True) -> tuple[d
             tensors[key] = value.detach().clone()
     tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
     return {**spec, "folded": [list(pair) for pair in pairs], "layers": entries}, tensors
+
+
+def bias_integers(bias: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """The bias as integer kernels add it: in units of weight step × activation step, 32 bits, as float64.
+
+    A frozen model holds its bias on this grid, so that what was scored is what integer kernels compute.
+    """
+    return (bias.double() / step.double()).round().clamp(-(2.0**31) + 1, 2.0**31 - 1)
 
 
 def thaw(spec: dict[str, Any], tensors: Tensors) -> nn.Module:
@@ -154,7 +167,7 @@ def _fold(tensors: Tensors, conv: str, bn: nn.Module) -> None:
         signs = torch.where(gain.view_as(signs) == 0, 0, signs).to(torch.int8)
         tensors[f"{conv}.weight.q"] = integers * signs
         scale = tensors[f"{conv}.weight.scale"] * gain.abs()
-        tensors[f"{conv}.weight.scale"] = torch.where(gain == 0, torch.ones_like(scale), scale)
+        tensors[f"{conv}.weight.scale"] = torch.where(gain == 0, tensors[f"{conv}.weight.scale"], scale)
 
 
 def _foldable(plain: nn.Module, trained: nn.Module) -> list[tuple[str, str]]:

@@ -1,0 +1,172 @@
+"""The order of samples is a function of (seed, epoch, rows, batch size): not of workers, nor of a resume."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raydeep.data import order
+from raydeep.data.augment import DRAWS
+from raydeep.data.resident import Batches, Pixels
+from raydeep.errors import DataError
+
+seeds = st.integers(0, 2**31 - 1)
+epochs = st.integers(0, 100_000)
+worlds = st.integers(1, 7)
+ROWS = 50
+
+
+def keep(images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """In place of an augmenter: what a sample is (its pixels) and what it draws, as one row."""
+    return torch.cat([images.flatten(1).double(), numbers], 1)
+
+
+def batches(batch_size: int, seed: int = 3, **parts: int) -> Batches:
+    """Pictures of one pixel: the number of the row."""
+    rows = np.arange(ROWS)
+    return Batches(Pixels(rows.astype(np.uint8).reshape(-1, 1, 1, 1), rows), keep, batch_size, seed, **parts)
+
+
+def stream(source: Batches, epoch: int = 0, start_step: int = 0) -> list[torch.Tensor]:
+    """One tensor a step: this worker's micro-batches, one after the other, with their labels."""
+    return [
+        torch.cat([torch.cat([micro.images, micro.labels[:, None]], 1) for micro in micros])
+        for micros in source.epoch(epoch, start_step)
+    ]
+
+
+@given(seeds, epochs, st.integers(1, 500))
+def test_an_epoch_is_a_permutation_that_the_seed_and_epoch_fix(seed, epoch, rows):
+    first = order.epoch_order(seed, epoch, rows)
+    assert np.array_equal(np.sort(first), np.arange(rows))
+    assert np.array_equal(first, order.epoch_order(seed, epoch, rows))
+
+
+def test_epochs_and_seeds_shuffle_differently():
+    orders = {order.epoch_order(seed, epoch, 100).tobytes() for seed in range(10) for epoch in range(10)}
+    assert len(orders) == 100
+
+
+@given(seeds, epochs, st.integers(1, 60), st.integers(0, 3), worlds)
+def test_the_shares_of_any_world_are_the_global_batch(seed, epoch, batch_size, step, world):
+    batch = order.global_batch(order.epoch_order(seed, epoch, 240), step, batch_size)
+    shares = [order.share(batch, rank, world) for rank in range(world)]
+    assert len(batch) == batch_size
+    assert np.array_equal(np.concatenate(shares), batch)
+    sizes = [len(part) for part in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(seeds, epochs, st.integers(0, 1000), worlds)
+def test_draws_are_uniform_numbers_that_any_world_divides_alike(seed, epoch, step, world):
+    numbers = order.draws(seed, epoch, step, 21, 5)
+    assert numbers.shape == (21, 5)
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    shares = [order.share(numbers, rank, world) for rank in range(world)]
+    assert np.array_equal(np.concatenate(shares), numbers)
+
+
+def test_every_step_epoch_and_seed_draws_afresh():
+    seen = {order.draws(seed, epoch, step, 1, 1).item() for seed in range(5) for epoch in range(5) for step in range(5)}
+    assert len(seen) == 125
+
+
+@pytest.mark.parametrize("world", range(1, 8))
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_workers_and_micro_batches_only_divide_the_global_batches(world, accumulate):
+    whole = stream(batches(21), epoch=2)
+    ranks = [stream(batches(21, rank=r, world=world, accumulate=accumulate), epoch=2) for r in range(world)]
+    assert len(whole) == ROWS // 21
+    for step, batch in enumerate(whole):
+        assert torch.equal(torch.cat([rank[step] for rank in ranks]), batch)
+
+
+def test_a_sample_keeps_its_label_and_gets_the_draws_of_its_position():
+    for step, batch in enumerate(stream(batches(10, seed=3), epoch=4)):
+        assert torch.equal(batch[:, 0], batch[:, -1])
+        assert np.array_equal(batch[:, 1:-1].numpy(), order.draws(3, 4, step, 10, DRAWS))
+
+
+@given(st.integers(0, 5), st.integers(0, 7))
+def test_a_resume_at_any_step_goes_on_with_the_tail(epoch, start_step):
+    whole = stream(batches(7), epoch)
+    tail = stream(batches(7), epoch, start_step)
+    assert len(tail) == len(whole) - start_step
+    assert all(torch.equal(a, b) for a, b in zip(tail, whole[start_step:], strict=True))
+
+
+def test_rows_beyond_the_last_whole_batch_wait_for_another_epoch():
+    source = batches(16)
+    assert source.steps_per_epoch == 3
+    served = [set(torch.cat(stream(source, epoch))[:, 0].int().tolist()) for epoch in range(12)]
+    assert all(len(rows) == 48 for rows in served)
+    assert set.union(*served) == set(range(ROWS))
+
+
+def test_a_batch_larger_than_the_split_is_refused_with_the_numbers():
+    with pytest.raises(DataError, match=r"train\.batch_size 51 is larger than the train split of 50 rows; lower it"):
+        batches(51)
+
+
+@given(st.integers(0, 300), worlds)
+def test_evaluation_covers_every_row_once(rows, world):
+    ranges = [order.eval_range(rows, rank, world) for rank in range(world)]
+    assert [row for start, stop in ranges for row in range(start, stop)] == list(range(rows))
+    sizes = [stop - start for start, stop in ranges]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=200), seeds, st.floats(0.01, 0.99), st.floats(0.01, 0.99)
+)  # fmt: skip
+def test_a_split_leaves_train_a_row_of_every_class_and_counts_by_share(labels, seed, test, val):
+    labels = np.array(labels)
+    names = order.stratified_split(labels, {"test": test, "val": val}, seed)
+    for label in np.unique(labels):
+        count = int((labels == label).sum())
+        found = {name: int(((labels == label) & (names == name)).sum()) for name in ("train", "val", "test")}
+        assert sum(found.values()) == count
+        assert found["train"] >= 1
+        assert found["test"] == min(max(1, round(test * count)), count - 1)
+        assert found["val"] == min(max(1, round(val * count)), count - found["test"] - 1)
+
+
+def test_a_split_depends_on_its_seed_alone():
+    labels = np.arange(200) % 4
+    splits = [order.stratified_split(labels, {"test": 0.2, "val": 0.1}, seed) for seed in (0, 0, 1)]
+    assert np.array_equal(splits[0], splits[1])
+    assert not np.array_equal(splits[0], splits[2])
+    assert np.unique(splits[2], return_counts=True)[1].tolist() == [40, 140, 20]
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=100), seeds, st.integers(1, 30))
+def test_few_takes_at_most_n_a_class_and_nests(labels, seed, per_class):
+    labels = np.array(labels)
+    rows = order.few(labels, per_class, seed)
+    assert np.array_equal(rows, np.unique(rows))
+    assert set(rows) <= set(order.few(labels, per_class + 1, seed))
+    for label in np.unique(labels):
+        assert (labels[rows] == label).sum() == min(per_class, (labels == label).sum())
+
+
+def test_few_depends_on_the_seed():
+    labels = np.arange(200) % 4
+    assert not np.array_equal(order.few(labels, 5, 0), order.few(labels, 5, 1))
+
+
+def test_the_order_hash_names_seed_epoch_and_batch_size():
+    hashes = [
+        batches(size, seed).order_hash(epoch) for size, seed, epoch in [(7, 0, 0), (7, 0, 1), (7, 1, 0), (10, 0, 0)]
+    ]
+    assert len(set(hashes)) == 4
+
+
+def test_the_order_of_samples_never_changes_between_versions():
+    """Old runs must resume in the same order: a change here is a new version of every run."""
+    assert batches(7, seed=0).order_hash(0) == "94ca8d6b41becbb2"
+    assert order.epoch_order(0, 0, 8).tolist() == [0, 7, 5, 3, 6, 2, 4, 1]
+    assert order.draws(0, 0, 0, 1, 2)[0].tolist() == [0.12383735540353724, 0.6629749397174886]

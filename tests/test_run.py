@@ -1,0 +1,200 @@
+"""The run folder's files, whole or absent; and sizing, which refuses with numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raydeep import run as runs
+from raydeep.config import Job
+from raydeep.errors import RaydeepError, ResourceError
+from raydeep.run import Run
+from raydeep.train import sizing
+
+
+def write_half(path: Path) -> None:
+    with runs.atomic(path) as aside:
+        aside.write_bytes(b"half")
+        raise ZeroDivisionError
+
+
+def test_an_atomic_file_appears_under_its_name_alone(tmp_path):
+    target = tmp_path / "deep" / "file.json"
+    with runs.atomic(target) as aside:
+        aside.write_bytes(b"new")
+        assert not target.exists()
+        assert aside.parent == target.parent
+    assert target.read_bytes() == b"new"
+    assert os.listdir(target.parent) == ["file.json"]
+
+
+def test_an_exception_leaves_neither_the_file_nor_what_was_beside_it(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        write_half(tmp_path / "file")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_exception_leaves_the_old_file_as_it_was(tmp_path):
+    runs.write_bytes(tmp_path / "file", b"old")
+    with pytest.raises(ZeroDivisionError):
+        write_half(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_json_comes_back(tmp_path):
+    value = {"a": [1, 2.5, None, "é"]}
+    runs.write_json(tmp_path / "x.json", value)
+    assert runs.read_json(tmp_path / "x.json") == value
+
+
+def test_missing_and_broken_json_is_named(tmp_path):
+    with pytest.raises(RaydeepError, match=r"x\.json: no such file"):
+        runs.read_json(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text('{"a": ')
+    with pytest.raises(RaydeepError, match=r"x\.json: not valid JSON"):
+        runs.read_json(tmp_path / "x.json")
+
+
+def test_lines_come_back_in_order(tmp_path):
+    rows = [{"trial": i} for i in range(3)]
+    for row in rows:
+        runs.append_line(tmp_path / "log.jsonl", row)
+    assert runs.read_lines(tmp_path / "log.jsonl") == rows
+
+
+def test_a_torn_last_line_is_left_out_and_the_next_one_is_whole(tmp_path):
+    log = tmp_path / "log.jsonl"
+    runs.append_line(log, {"trial": 0})
+    with log.open("a") as file:
+        file.write('{"trial": 1, "acc')
+    assert runs.read_lines(log) == [{"trial": 0}]
+    runs.append_line(log, {"trial": 2})
+    assert runs.read_lines(log) == [{"trial": 0}, {"trial": 2}]
+
+
+def test_lines_that_are_no_objects_or_no_text_are_left_out(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'12\n\xff\xfe\n{"trial": 3}\n[1]\n')
+    assert runs.read_lines(log) == [{"trial": 3}]
+
+
+def test_a_missing_log_has_no_lines(tmp_path):
+    assert runs.read_lines(tmp_path / "log.jsonl") == []
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    assert runs.sha256_file(tmp_path / "file") == (
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
+
+
+def test_a_created_run_opens_with_the_same_job(job: Job):
+    made = Run.create(job, "raydeep train job.yaml")
+    assert made.path.parent == Path(job.storage)
+    assert re.fullmatch(rf"{job.name}-\d{{4}}-\d{{6}}-[0-9a-f]{{4}}", made.path.name)
+    opened = Run.open(made.path)
+    assert opened.job == job
+    assert opened.path == made.path
+    assert opened.model("t003") == made.path / "models" / "t003"
+
+
+def test_the_job_of_a_run_is_resolved(job: Job):
+    made = Run.create(job, "raydeep train job.yaml")
+    tree = yaml.safe_load((made.path / "job.yaml").read_text())
+    assert tree["train"]["momentum"] == job.train.momentum  # a default, written out
+    assert tree["model"]["args"] == {"width": 8}
+
+
+def test_two_runs_of_a_job_do_not_share_a_folder(job: Job):
+    assert Run.create(job, "").path != Run.create(job, "").path
+
+
+def test_provenance_names_command_versions_hardware_and_seed(job: Job):
+    made = Run.create(job.model_copy(update={"seed": 7}), "raydeep train job.yaml")
+    facts = json.loads((made.path / "provenance.json").read_text())
+    assert (facts["id"], facts["command"], facts["seed"]) == (made.path.name, "raydeep train job.yaml", 7)
+    assert {"python", "torch", "ray", "numpy", "onnxruntime"} <= facts["versions"].keys()
+    assert facts["hardware"]["cores"] == len(os.sched_getaffinity(0))
+    assert facts["hardware"]["memory_bytes"] > 2**28
+    assert facts["hardware"]["cpu"]
+
+
+def test_notes_are_added_to_the_provenance(job: Job):
+    made = Run.create(job, "raydeep train job.yaml")
+    made.note(dataset={"rows": 3})
+    facts = runs.read_json(made.path / "provenance.json")
+    assert facts["dataset"] == {"rows": 3}
+    assert facts["command"] == "raydeep train job.yaml"
+
+
+@pytest.mark.parametrize("name", ["", "missing"])
+def test_a_folder_that_is_no_run_is_refused(tmp_path, name):
+    with pytest.raises(RaydeepError, match=r"not a run folder \(no job.yaml\)"):
+        Run.open(tmp_path / name)
+
+
+def test_storage_that_can_not_be_made_is_refused(tmp_path, job: Job):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RaydeepError, match=r"storage: can't make .*; set storage=FOLDER"):
+        Run.create(job.model_copy(update={"storage": str(tmp_path / "file")}), "")
+
+
+def test_a_plan_leaves_cpus_for_data_tasks():
+    assert sizing.plan(4, 2, 1, None) == sizing.Plan(num_cpus=6, concurrent_trials=4)
+    assert sizing.plan(4, 2, 1, 3).concurrent_trials == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"cores": 2, "workers": 4, "cpus_per_worker": 1, "concurrent": None},
+            r"scaling.workers 4 × cpus_per_worker 1 = 4 CPUs, but this machine has 2; .*\(workers: at most 2\)",
+        ),
+        (
+            {"cores": 4, "workers": 3, "cpus_per_worker": 1.5, "concurrent": None, "where": "the cluster"},
+            r"= 4.5 CPUs, but the cluster has 4; .*\(workers: at most 2\)",
+        ),
+        (
+            {"cores": 8, "workers": 2, "cpus_per_worker": 1, "concurrent": None, "use_gpu": True, "gpus": 1},
+            "scaling.workers 2 needs 2 GPUs, but this machine has 1",
+        ),
+        (
+            {"cores": 8, "workers": 1, "cpus_per_worker": 1, "concurrent": None, "use_gpu": True},
+            "needs 1 GPUs, but this machine has 0",
+        ),
+        (
+            {"cores": 2, "workers": 1, "cpus_per_worker": 1, "concurrent": 3},
+            "search.concurrent 3 needs 3 CPUs, but this machine has 2",
+        ),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_with_its_numbers(arguments, message):
+    with pytest.raises(ResourceError, match=message):
+        sizing.plan(**arguments)
+
+
+def test_a_worker_larger_than_the_machine_gets_no_advice_on_workers():
+    with pytest.raises(ResourceError, match=r"= 3 CPUs, but this machine has 2; lower one of them$"):
+        sizing.plan(2, 1, 3, None)
+
+
+@pytest.mark.parametrize(("cores", "workers", "cpus"), [(8, 4, 2), (1, 2, 0.5), (55, 50, 1.1)])
+def test_a_plan_that_takes_all_cpus_is_accepted(cores, workers, cpus):
+    assert sizing.plan(cores, workers, cpus, cores).num_cpus == cores + sizing.SPARE_CPUS
+
+
+def test_gpus_are_asked_for_only_if_used():
+    assert sizing.plan(4, 2, 1, None, gpus=0, use_gpu=False).concurrent_trials == 4
+    assert sizing.plan(4, 2, 1, 2, gpus=2, use_gpu=True).concurrent_trials == 2
+
+
+def test_trials_that_take_a_gpu_each_run_at_most_one_a_gpu():
+    assert sizing.plan(16, 1, 1, None, gpus=2, use_gpu=True).concurrent_trials == 2
