@@ -13,9 +13,10 @@ import torch
 from raydeep.config import Augment
 from raydeep.data.augment import DRAWS, Augmenter, to_input
 
-FLIP_X, FLIP_Y, ANGLE, ZOOM, AREA, RATIO, BOX_X, BOX_Y, SHIFT_X, BRIGHT, CONTRAST, SATURATION, HUE, SHIFT_Y = range(
-    DRAWS
-)
+COLUMNS = (
+    "flip_x", "flip_y", "angle", "zoom", "area", "ratio", "box_x", "box_y", "shift_x", "brightness", "contrast",
+    "saturation", "hue", "shift_y",
+)  # fmt: skip
 ALL = Augment(
     horizontal_flip=0.5, vertical_flip=0.5, rotation=30, scale=(0.8, 1.2), crop=0.1, resized_crop=0.5,
     brightness=0.3, contrast=0.3, saturation=0.3, hue=0.2,
@@ -30,7 +31,7 @@ def draw(rows: int = 1, **columns: float) -> torch.Tensor:
     """Numbers in the middle of their ranges, where nothing moves, but for the columns named."""
     numbers = torch.full((rows, DRAWS), 0.5, dtype=torch.float64)
     for name, value in columns.items():
-        numbers[:, globals()[name]] = value
+        numbers[:, COLUMNS.index(name)] = value
     return numbers
 
 
@@ -68,7 +69,7 @@ def test_flips_are_exact(height, width):
 def test_a_sample_is_flipped_if_its_draw_is_below_the_probability():
     images = pictures(4, 6, 6)
     numbers = draw(4)
-    numbers[:, FLIP_X] = torch.tensor([0.0, 0.29, 0.31, 0.99])
+    numbers[:, COLUMNS.index("flip_x")] = torch.tensor([0.0, 0.29, 0.31, 0.99])
     out = augment(Augment(horizontal_flip=0.3), images, numbers)
     assert torch.equal(out[:2], unit(images[:2]).flip(3))
     assert torch.equal(out[2:], unit(images[2:]))
@@ -80,7 +81,7 @@ def test_a_sample_is_flipped_if_its_draw_is_below_the_probability():
 @pytest.mark.parametrize(("x", "y"), [(0.0, 0.5), (0.99, 0.25), (0.7, 0.9)])
 def test_a_crop_is_the_padded_picture_shifted_by_whole_pixels(padding, numpy_mode, x, y):
     images, height, width = pictures(2, 8, 16), 8, 16
-    out = augment(Augment(crop=0.25, padding=padding), images, draw(2, SHIFT_X=x, SHIFT_Y=y))
+    out = augment(Augment(crop=0.25, padding=padding), images, draw(2, shift_x=x, shift_y=y))
     right, down = round((2 * x - 1) * 0.25 * width), round((2 * y - 1) * 0.25 * height)
     padded = np.pad(unit(images).numpy(), ((0, 0), (0, 0), (2, 2), (4, 4)), mode=numpy_mode)
     wanted = padded[:, :, 2 - down : 2 - down + height, 4 - right : 4 - right + width]
@@ -89,7 +90,7 @@ def test_a_crop_is_the_padded_picture_shifted_by_whole_pixels(padding, numpy_mod
 
 def test_a_quarter_turn_is_exact_but_for_rounding():
     images = pictures(2, 8, 8)
-    out = augment(Augment(rotation=180), images, draw(2, ANGLE=0.75))  # +90 degrees: clockwise
+    out = augment(Augment(rotation=180), images, draw(2, angle=0.75))  # +90 degrees: clockwise
     assert torch.allclose(out, unit(images).rot90(-1, (2, 3)), atol=1e-4)
 
 
@@ -101,22 +102,22 @@ Where = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 @pytest.mark.parametrize(
     ("cfg", "numbers", "where"),
     [
-        (Augment(rotation=60), {"ANGLE": 0.75}, lambda x, y: (COS * x + SIN * y, -SIN * x + COS * y)),
-        (Augment(rotation=60), {"ANGLE": 0.25}, lambda x, y: (COS * x - SIN * y, SIN * x + COS * y)),
-        (Augment(scale=(0.5, 2)), {"ZOOM": 1.0}, lambda x, y: (x / 2, y / 2)),
-        (Augment(scale=(0.5, 2)), {"ZOOM": 0.0}, lambda x, y: (x * 2, y * 2)),
-        (Augment(scale=(0.5, 2)), {"ZOOM": 0.5}, lambda x, y: (x, y)),
-        (Augment(resized_crop=0.25), {"AREA": 0.0}, lambda x, y: (x / 2, y / 2)),
-        (Augment(resized_crop=0.25), {"AREA": 0.0, "BOX_X": 0.0}, lambda x, y: (x / 2 - 4, y / 2)),
-        (Augment(resized_crop=0.25), {"AREA": 0.0, "BOX_Y": 1.0}, lambda x, y: (x / 2, y / 2 + 4)),
+        (Augment(rotation=60), {"angle": 0.75}, lambda x, y: (COS * x + SIN * y, -SIN * x + COS * y)),
+        (Augment(rotation=60), {"angle": 0.25}, lambda x, y: (COS * x - SIN * y, SIN * x + COS * y)),
+        (Augment(scale=(0.5, 2)), {"zoom": 1.0}, lambda x, y: (x / 2, y / 2)),
+        (Augment(scale=(0.5, 2)), {"zoom": 0.0}, lambda x, y: (x * 2, y * 2)),
+        (Augment(scale=(0.5, 2)), {"zoom": 0.5}, lambda x, y: (x, y)),
+        (Augment(resized_crop=0.25), {"area": 0.0}, lambda x, y: (x / 2, y / 2)),
+        (Augment(resized_crop=0.25), {"area": 0.0, "box_x": 0.0}, lambda x, y: (x / 2 - 4, y / 2)),
+        (Augment(resized_crop=0.25), {"area": 0.0, "box_y": 1.0}, lambda x, y: (x / 2, y / 2 + 4)),
         (
             Augment(resized_crop=0.25),
-            {"AREA": 0.0, "RATIO": 1.0},
+            {"area": 0.0, "ratio": 1.0},
             lambda x, y: (x / 2 * math.sqrt(4 / 3), y / 2 * math.sqrt(3 / 4)),
         ),
         (
             Augment(rotation=60, crop=0.25, horizontal_flip=1),
-            {"ANGLE": 0.75, "SHIFT_X": 0.0},
+            {"angle": 0.75, "shift_x": 0.0},
             lambda x, y: (-(COS * (x + 4) + SIN * y), -SIN * (x + 4) + COS * y),
         ),
     ],
@@ -171,21 +172,19 @@ def test_brightness_contrast_and_saturation_are_blends(value):
     x, factor = unit(images), 1 + 0.4 * (2 * value - 1)
     mean = grey_of(x).mean((1, 2, 3), keepdim=True)
     wanted = {
-        "brightness": (BRIGHT, x * factor),
-        "contrast": (CONTRAST, mean + (x - mean) * factor),
-        "saturation": (SATURATION, grey_of(x) + (x - grey_of(x)) * factor),
+        "brightness": x * factor,
+        "contrast": mean + (x - mean) * factor,
+        "saturation": grey_of(x) + (x - grey_of(x)) * factor,
     }
-    for name, (column, blend) in wanted.items():
-        numbers = draw(3)
-        numbers[:, column] = value
-        out = augment(Augment(**{name: 0.4}), images, numbers)
+    for name, blend in wanted.items():
+        out = augment(Augment(**{name: 0.4}), images, draw(3, **{name: value}))
         assert torch.allclose(out, blend.clamp(0, 1), atol=1e-5), name
 
 
 @pytest.mark.parametrize(("value", "turns"), [(0.0, -0.3), (0.75, 0.15), (0.9, 0.24)])
 def test_hue_turns_the_colour_circle(value, turns):
     images = pictures(1, 4, 4)
-    out = augment(Augment(hue=0.3), images, draw(HUE=value))[0].permute(1, 2, 0).reshape(-1, 3)
+    out = augment(Augment(hue=0.3), images, draw(hue=value))[0].permute(1, 2, 0).reshape(-1, 3)
     for pixel, found in zip(images.reshape(-1, 3).tolist(), out.tolist(), strict=True):
         h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in pixel))
         assert found == pytest.approx(colorsys.hsv_to_rgb((h + turns) % 1, s, v), abs=1e-4)
@@ -193,12 +192,12 @@ def test_hue_turns_the_colour_circle(value, turns):
 
 def test_grey_pictures_have_no_saturation_or_hue():
     images = pictures(2, 8, 8, channels=1)
-    assert torch.equal(augment(Augment(saturation=1, hue=0.5), images, draw(2, SATURATION=0, HUE=0)), unit(images))
+    assert torch.equal(augment(Augment(saturation=1, hue=0.5), images, draw(2, saturation=0, hue=0)), unit(images))
 
 
 def test_brightness_of_grey_pictures_is_drawn_too():
     images = pictures(1, 8, 8, channels=1)
-    assert torch.allclose(augment(Augment(brightness=0.5), images, draw(BRIGHT=0)), unit(images) / 2, atol=1e-6)
+    assert torch.allclose(augment(Augment(brightness=0.5), images, draw(brightness=0)), unit(images) / 2, atol=1e-6)
 
 
 def test_an_empty_batch_passes():

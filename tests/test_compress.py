@@ -1,0 +1,410 @@
+"""Pruning, quantization, distillation, counting, and the plan that puts them together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from raydeep.compress import cost, distill, pack, plan, prune, quantize
+from raydeep.config import Augment, Distill, Job, Prune, Quantize, Train
+from raydeep.data.augment import Augmenter
+from raydeep.data.resident import Batches, Dataset, Micro, Pixels
+from raydeep.model import artifact, layers, zoo
+from raydeep.train import losses
+from raydeep.train.loop import fit
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def zeros(masks: dict[str, torch.Tensor]) -> int:
+    return sum(int((~mask).sum()) for mask in masks.values())
+
+
+# pruning
+
+
+def random_weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "conv": torch.randn(8, 4, 3, 3, generator=generator),
+        "fc": 0.3 * torch.randn(20, 30, generator=generator),
+    }
+
+
+@given(st.floats(0, 0.98), st.integers(0, 5))
+def test_masks_have_the_sparsity_asked_for_to_the_weight(sparsity, seed):
+    weights = random_weights(seed)
+    masks = prune.magnitude_masks(weights, sparsity)
+    assert zeros(masks) == round(sparsity * (8 * 4 * 9 + 20 * 30))
+    assert {name: mask.shape for name, mask in masks.items()} == {n: w.shape for n, w in weights.items()}
+
+
+def test_the_largest_weights_of_the_whole_network_are_kept():
+    weights = random_weights()
+    masks = prune.magnitude_masks(weights, 0.7)
+    kept = torch.cat([weights[n][m].abs() for n, m in masks.items()])
+    gone = torch.cat([weights[n][~m].abs() for n, m in masks.items()])
+    assert kept.min() >= gone.max()
+    assert masks["conv"].float().mean() > masks["fc"].float().mean()  # its weights are larger
+
+
+def test_no_layer_is_emptied():
+    weights = {"large": torch.randn(1000), "tiny": 1e-6 * torch.randn(3), "small": 1e-3 * torch.randn(250)}
+    masks = prune.magnitude_masks(weights, 0.999)
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == {"large": 10, "tiny": 1, "small": 3}
+    for name, mask in masks.items():  # and what stays of a layer is its largest
+        assert weights[name][mask].abs().min() >= weights[name][~mask].abs().max()
+
+
+def test_ties_are_broken_to_the_weight_and_the_same_each_time():
+    weights = {"a": torch.ones(100), "b": -torch.ones(100)}
+    masks = prune.magnitude_masks(weights, 0.5)
+    assert zeros(masks) == 100
+    again = prune.magnitude_masks(weights, 0.5)
+    assert all(torch.equal(masks[n], again[n]) for n in masks)
+
+
+def test_cubic_schedule_is_that_of_the_paper():
+    assert prune.cubic(0.0, 0.8) == 0.0
+    assert prune.cubic(0.5, 0.8) == pytest.approx(0.8 * (1 - 0.5**3))
+    assert prune.cubic(1.0, 0.8) == 0.8
+    assert prune.cubic(7.0, 0.8) == 0.8
+
+
+def masks_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: layers.part(m, layers.Mask).mask.clone() for n, m in layers.compressible(model)}
+
+
+def small_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 5))
+
+
+def test_one_shot_prunes_at_once():
+    model = small_net()
+    assert prune.prepare(model, Prune(sparsity=0.75, schedule="one_shot"), recovers=True) is None
+    assert zeros(masks_of(model)) == 0.75 * 420
+
+
+def test_cubic_without_recovery_is_one_shot():
+    model = small_net()
+    assert prune.prepare(model, Prune(sparsity=0.75, schedule="cubic"), recovers=False) is None
+    assert zeros(masks_of(model)) == 0.75 * 420
+
+
+def test_no_sparsity_adds_no_masks():
+    model = small_net()
+    assert prune.prepare(model, Prune(sparsity=0.0), recovers=True) is None
+    assert layers.part(model[1], layers.Mask) is None
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 7, 40])
+def test_cubic_tightens_to_the_target_by_half_of_recovery_and_then_holds(total):
+    model = small_net()
+    tighten = prune.prepare(model, Prune(sparsity=0.75, schedule="cubic"), recovers=True)
+    assert tighten is not None
+    assert zeros(masks_of(model)) == 0
+    seen, held = [], []
+    for step in range(total):
+        tighten(step, total)
+        seen.append(zeros(masks_of(model)))
+        if step >= total // 2:
+            held.append(masks_of(model))
+        for parameter in model.parameters():
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    assert seen == sorted(seen)
+    assert seen[total // 2 :] == [315] * len(held)
+    assert all(torch.equal(later[n], held[0][n]) for later in held for n in later)
+
+
+def test_cubic_tightens_in_steps_on_the_way():
+    model = small_net()
+    tighten = prune.prepare(model, Prune(sparsity=0.75, schedule="cubic"), recovers=True)
+    tighten(20, 80)
+    assert zeros(masks_of(model)) == round(0.75 * (1 - 0.5**3) * 420)
+
+
+# quantization
+
+
+@pytest.mark.parametrize(
+    ("edge", "expected"),
+    [(8, [(8, 8), (3, 4), (8, 8)]), (None, [(3, 4)] * 3), (2, [(3, 4)] * 3)],
+)
+def test_first_and_last_layer_get_edge_bits_or_more(edge, expected):
+    found = quantize.widths(["a", "b", "c"], Quantize(weight_bits=3, activation_bits=4, edge_bits=edge))
+    assert list(found.values()) == expected
+
+
+def test_edge_bits_quantize_no_float_activations():
+    found = quantize.widths(["a", "b"], Quantize(weight_bits=3, edge_bits=8))
+    assert found == {"a": (8, None), "b": (8, None)}
+
+
+def test_what_is_never_negative_is_quantized_unsigned():
+    model = zoo.build("seed", {"width": 4}, 5, (8, 8, 1)).eval()
+    quantize.prepare(model, Quantize(weight_bits=4, activation_bits=4), [torch.randn(32, 1, 8, 8)])
+    found = {n: m.input_quant for n, m in layers.compressible(model)}
+    assert [bool(q.signed) for q in found.values()] == [True, False, False, False]
+    assert [q.bits for q in found.values()] == [8, 4, 4, 8]
+
+
+def test_one_negative_value_makes_a_layer_signed():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(70_000, 2)).eval()
+    images = torch.ones(1, 1, 100, 700)
+    images[0, 0, 33, 333] = -1.0
+    quantize.prepare(model, Quantize(weight_bits=8, activation_bits=8), [images])
+    assert bool(model[1].input_quant.signed)
+
+
+def test_first_steps_bring_the_network_near_its_float_self():
+    torch.manual_seed(0)
+    model = zoo.build("seed", {"width": 4}, 5, (8, 8, 1)).eval()
+    images = torch.randn(64, 1, 8, 8)
+    expected = model(images)
+    quantize.prepare(model, Quantize(weight_bits=8, activation_bits=8), [images])
+    found = model(images)
+    assert not torch.equal(found, expected)
+    assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+def test_weights_alone_need_no_calibration():
+    model = small_net()
+    quantize.prepare(model, Quantize(weight_bits=4), [])
+    assert layers.part(model[1], layers.WeightQuant).bits == 8
+    assert not hasattr(model[1], "input_quant")
+
+
+def test_float_adds_no_quantizers():
+    model = small_net()
+    quantize.prepare(model, Quantize(), [torch.randn(4, 16)])
+    assert layers.part(model[1], layers.WeightQuant) is None
+
+
+def test_calibration_leaves_the_mode_of_the_network(request):
+    model = zoo.build("resnet8", {}, 5, (8, 8, 1)).train()
+    before = model.bn1.running_mean.clone()
+    quantize.prepare(model, Quantize(weight_bits=4, activation_bits=4), [torch.randn(8, 1, 8, 8)])
+    assert model.training
+    assert torch.equal(model.bn1.running_mean, before)
+
+
+def test_batchnorm_is_set_to_the_statistics_of_the_data():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    batches = [torch.randn(16, 3, 6, 6) + 2, 3 * torch.randn(16, 3, 6, 6)]
+    quantize.reestimate_batchnorm(model, batches)
+    out = [model[0](images).detach().transpose(0, 1).flatten(1) for images in batches]
+    close(model[1].running_mean, torch.cat(out, 1).mean(1))
+    close(model[1].running_var, torch.stack([o.var(1, unbiased=True) for o in out]).mean(0))
+    assert model[1].momentum == 0.1
+    assert not model.training
+    normal = model(batches[0]) + 0 * model[1].bias.view(1, -1, 1, 1)
+    assert torch.equal(model(batches[0]), normal)
+
+
+def test_batchnorm_without_running_statistics_is_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
+    quantize.reestimate_batchnorm(model, [torch.randn(8, 3, 6, 6)])
+    assert model[1].running_mean is None
+
+
+# distillation
+
+
+def test_distilled_loss_is_the_formula_of_the_paper():
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(9, 3))
+    micro = Micro(torch.randn(4, 1, 3, 3), torch.tensor([0, 1, 2, 1]))
+    logits = torch.randn(4, 3)
+    cfg = Distill(enabled=True, weight=0.3, temperature=2.5)
+    found = distill.distilled(losses.cross_entropy(), teacher, cfg)(logits, micro)
+    p = (teacher(micro.images) / 2.5).softmax(1)
+    q = (logits / 2.5).softmax(1)
+    divergence = (p * (p / q).log()).sum(1)
+    hard = -logits.log_softmax(1)[range(4), micro.labels]
+    close(found, (0.7 * hard + 0.3 * 2.5**2 * divergence).detach())
+
+
+def test_distillation_of_weight_zero_is_the_loss_itself():
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(9, 3))
+    micro = Micro(torch.randn(4, 1, 3, 3), torch.tensor([0, 1, 2, 1]))
+    logits = torch.randn(4, 3)
+    base = losses.cross_entropy(0.1)
+    found = distill.distilled(base, teacher, Distill(enabled=True, weight=0.0))(logits, micro)
+    assert torch.equal(found, base(logits, micro))
+
+
+def test_the_teacher_learns_nothing_and_runs_in_evaluation_mode():
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(9, 3), nn.BatchNorm1d(3)).train()
+    student = nn.Sequential(nn.Flatten(), nn.Linear(9, 3))
+    micro = Micro(torch.randn(4, 1, 3, 3), torch.tensor([0, 1, 2, 1]))
+    loss = distill.distilled(losses.cross_entropy(), teacher, Distill(enabled=True, weight=1.0))
+    loss(student(micro.images), micro).sum().backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert torch.equal(teacher[2].running_mean, torch.zeros(3))
+    assert student[1].weight.grad.abs().sum() > 0
+
+
+# cost
+
+
+def spec_of(name: str, shape: tuple[int, int, int], classes: int = 10, **args: Any) -> dict[str, Any]:
+    names = [str(i) for i in range(classes)]
+    return artifact.make_spec(name, args, names, shape, [0.5] * shape[2], [0.5] * shape[2])
+
+
+def test_counts_of_lenet_300_100():
+    spec = spec_of("lenet_300_100", (28, 28, 1))
+    model = artifact.build(spec)
+    model[1].weight.data[:, :100] = 0
+    counted = cost.count(artifact.freeze(model, spec)[1])
+    assert counted == (266_610, 266_610 - 300 * 100)
+    assert counted.sparsity == pytest.approx(30_000 / 266_610)
+    assert cost.macs(model, (28, 28, 1)) == 784 * 300 + 300 * 100 + 100 * 10
+
+
+def test_quantized_weights_are_counted_once_without_their_scales():
+    spec = spec_of("lenet_300_100", (28, 28, 1))
+    model = artifact.build(spec)
+    quantize.prepare(model, Quantize(weight_bits=8), [])
+    assert cost.count(artifact.freeze(model, spec)[1]).parameters == 266_610
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_statistics_of_batchnorm_are_no_parameters(fold):
+    spec = spec_of("resnet8", (8, 8, 1))
+    model = artifact.build(spec).eval()
+    weights = sum(p.numel() for p in model.parameters())
+    gains = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    counted = cost.count(artifact.freeze(model, spec, fold=fold)[1])
+    assert counted.parameters == (weights - gains if fold else weights)
+
+
+def test_multiply_accumulates_of_convolutions():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, groups=4), nn.Flatten())
+    expected = 8 * 10 * 12 * 3 * 9 + 8 * 4 * 5 * 2 * 9
+    assert cost.macs(model.train(), (10, 12, 3)) == expected
+    assert model.training
+
+
+def test_bytes_of_a_file_are_those_of_its_floats_and_a_header():
+    size = cost.file_bytes({"w": torch.zeros(1000)})
+    assert 4000 < size < 4200
+
+
+# the plan
+
+
+@pytest.fixture(scope="module")
+def dense(digits: Dataset) -> plan.Dense:
+    """A narrow seed network, two epochs old."""
+    spec = artifact.make_spec("seed", {"width": 8}, digits.classes, digits.shape, digits.mean, digits.std)
+    torch.manual_seed(0)
+    model = artifact.build(spec)
+    cfg = Train(epochs=2, batch_size=64, lr=0.05)
+    batches = Batches(digits.train, Augmenter(Augment(), digits.mean, digits.std), cfg.batch_size, seed=0)
+    fit(model, losses.cross_entropy(), batches, cfg)
+    return plan.Dense(*artifact.freeze(model.eval(), spec, fold=False))
+
+
+VALUES = {"prune.sparsity": 0.8, "recover.epochs": 1}
+QUANTIZED = {**VALUES, "quantize.weight_bits": 4, "quantize.activation_bits": 8, "distill.enabled": True}
+
+
+@pytest.fixture(scope="module")
+def quantized(dense: plan.Dense, digits: Dataset) -> Iterator[plan.Result]:
+    """Pruned, quantized and distilled."""
+    return plan.compress(Job(train=Train(batch_size=64)).with_values(QUANTIZED), dense, digits, seed=3)
+
+
+def test_pruning_gives_the_sparsity_asked_for(job, dense, digits):
+    result = plan.compress(job.with_values(VALUES), dense, digits, seed=3)
+    assert result.cost.sparsity == pytest.approx(0.8, abs=0.01)
+    _, tensors = pack.unpack(result.packed)
+    weights = [t for name, t in tensors.items() if name.endswith(".weight")]
+    share = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+    assert share == pytest.approx(0.8, abs=1e-3)
+
+
+def test_pruned_and_quantized_models_are_much_smaller_and_still_right(dense, digits, quantized):
+    whole = plan.measure(pack.pack(*dense), digits, 512)
+    assert len(quantized.packed) < 0.15 * len(pack.pack(*dense))
+    assert quantized.cost.sparsity >= 0.78
+    assert whole.test_accuracy > 0.8
+    assert quantized.test_accuracy > whole.test_accuracy - 0.1
+
+
+def test_the_score_is_that_of_the_packed_bytes(digits, quantized):
+    model = artifact.thaw(*pack.unpack(quantized.packed))
+    for split, found in [(digits.val, quantized.val_predictions), (digits.test, quantized.test_predictions)]:
+        assert np.array_equal(plan.predictions(model, digits, split, 97), found)
+    assert quantized.test_accuracy == np.mean(quantized.test_predictions == digits.test.labels)
+    assert quantized.val_accuracy == np.mean(quantized.val_predictions == digits.val.labels)
+    assert quantized.cost == cost.count(pack.unpack(quantized.packed)[1])
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(dense, digits, quantized):
+    job = Job(train=Train(batch_size=64)).with_values(QUANTIZED)
+    assert plan.compress(job, dense, digits, seed=3).packed == quantized.packed
+    assert plan.compress(job, dense, digits, seed=4).packed != quantized.packed
+
+
+def test_compression_leaves_the_dense_network_as_it_was(job, dense, digits):
+    before = {key: tensor.clone() for key, tensor in dense.tensors.items()}
+    plan.compress(job.with_values(VALUES), dense, digits, seed=0)
+    assert all(torch.equal(dense.tensors[key], tensor) for key, tensor in before.items())
+
+
+def test_recovery_reports_its_epochs(job, dense, digits):
+    seen: list[int] = []
+    values = {"recover.epochs": 2, "recover.batch_size": 256}
+    result = plan.compress(
+        job.with_values(values), dense, digits, seed=0, on_epoch=lambda row: seen.append(row["epoch"])
+    )
+    assert seen == [1, 2]
+    assert [row["step"] for row in result.history] == [5, 10]
+    assert len(digits.train.labels) // 256 == 5
+
+
+def test_without_recovery_the_network_is_cut_and_scored(job, dense, digits):
+    result = plan.compress(job.with_values({"prune.sparsity": 0.5, "recover.epochs": 0}), dense, digits, seed=0)
+    assert result.history == []
+    _, tensors = pack.unpack(result.packed)
+    kept = dense.tensors["0.weight"][tensors["0.weight"] != 0]
+    assert torch.equal(tensors["0.weight"][tensors["0.weight"] != 0], kept)
+    assert result.cost.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("rows", [1, 255, 257, 520])
+def test_calibration_batches_weigh_every_row_alike(digits, rows):
+    # BatchNorm takes the mean over batches, and can't take one row of 1×1 maps: no small batch may be left over
+    sizes = [len(images) for images in plan.calibration_batches(digits, rows, seed=0)]
+    assert sum(sizes) == rows
+    assert min(sizes) > 0.95 * max(sizes)
+    assert max(sizes) <= plan.CALIBRATION_BATCH
+
+
+def test_calibration_rows_are_a_seeded_choice_of_the_train_split(digits):
+    labelled = Dataset(**{**digits._asdict(), "mean": [0.0], "std": [1.0]})
+    first, same, other = (torch.cat(plan.calibration_batches(labelled, 100, seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    train = {row.tobytes() for row in digits.train.images}
+    pixels = (first * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    assert all(row.tobytes() in train for row in pixels)
+
+
+def test_more_calibration_rows_than_there_are_take_all(digits):
+    small = digits._replace(train=Pixels(digits.train.images[:30], digits.train.labels[:30]))
+    assert sum(len(b) for b in plan.calibration_batches(small, 512, seed=0)) == 30

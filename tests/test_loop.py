@@ -1,0 +1,360 @@
+"""The training loop: golden losses, and that workers, micro-batches and interruptions change nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import multiprocessing, nn
+
+from raydeep.config import Augment, Train
+from raydeep.data.augment import Augmenter
+from raydeep.data.resident import Batches, Dataset, Micro, Pixels, eval_batches
+from raydeep.errors import TrainError
+from raydeep.model import zoo
+from raydeep.train import checkpoint, losses, parallel
+from raydeep.train.loop import fit
+from raydeep.train.metrics import Score, confusion, evaluate
+from raydeep.train.optim import lr_factor, make_optimizer
+
+ROWS, BATCH = 320, 64  # five steps an epoch
+CFG = Train(epochs=2, batch_size=BATCH, lr=0.05, precision="float32")
+CROSS_ENTROPY = losses.cross_entropy()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """One order of additions, so that results repeat bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def pixels(digits: Dataset) -> Pixels:
+    return Pixels(digits.train.images[:ROWS], digits.train.labels[:ROWS])
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return zoo.build("seed", {"width": 8}, 10, (8, 8, 1))
+
+
+def noisy_network() -> nn.Module:
+    """With state beyond its weights: BatchNorm's buffers and dropout's random numbers."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 10)
+    )
+
+
+def batches(pixels: Pixels, augment: Augment | None = None, **parts: Any) -> Batches:
+    return Batches(pixels, Augmenter(augment or Augment(), [0.3], [0.4]), parts.pop("batch_size", BATCH), 7, **parts)
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[key].double() - other[key].double()).abs().max()) for key in one)
+
+
+# what a training computes
+
+
+def test_golden_losses(pixels):
+    """Ten steps, pinned: a change of the order, the augmentation, the loss or the optimizer shows here."""
+    seen: list[float] = []
+
+    def loss(logits: torch.Tensor, micro: Micro) -> torch.Tensor:
+        rows = CROSS_ENTROPY(logits, micro)
+        seen.append(rows.mean().item())
+        return rows
+
+    moves = Augment(rotation=10, scale=(0.9, 1.1), crop=0.1)
+    history = fit(network(), loss, batches(pixels, moves), CFG)
+    assert seen == pytest.approx([0.0] * 10, abs=1e-4)
+    assert [row["train_loss"] for row in history] == pytest.approx([np.mean(seen[:5]), np.mean(seen[5:])], abs=1e-6)
+
+
+def test_the_metrics_of_an_epoch(pixels):
+    source = batches(pixels)
+    first, last = fit(network(), CROSS_ENTROPY, source, CFG, evaluate=lambda model: Score(0.5, 0.7, 3))
+    assert (first["epoch"], last["epoch"], last["epochs"], first["step"], last["step"]) == (1, 2, 2, 5, 10)
+    assert (last["val_accuracy"], last["val_loss"], last["val_rows"]) == (0.5, 0.7, 3)
+    assert [first["order_hash"], last["order_hash"]] == [source.order_hash(0), source.order_hash(1)]
+    assert last["images_per_s"] == pytest.approx(ROWS / last["seconds"])
+
+
+def test_training_learns_the_digits(digits):
+    model = network()
+    fit(model, CROSS_ENTROPY, batches(digits.train), CFG, epochs=4)
+    score = evaluate(model, eval_batches(digits.val, [0.3], [0.4], 64), len(digits.val.labels))
+    assert score.accuracy > 0.85
+
+
+def test_the_number_of_micro_batches_changes_nothing(pixels):
+    def run(accumulate: int) -> dict[str, torch.Tensor]:
+        model, source = network().double(), batches(pixels, accumulate=accumulate)
+        augmenter = source.augmenter
+        source.augmenter = lambda images, numbers: augmenter(images, numbers).double()  # type: ignore[assignment]
+        sizes: set[int] = set()
+
+        def loss(logits: torch.Tensor, micro: Micro) -> torch.Tensor:
+            sizes.add(len(logits))
+            return F.cross_entropy(logits, micro.labels, reduction="none")
+
+        fit(model, loss, source, CFG)
+        assert max(sizes) <= math.ceil(BATCH / accumulate)
+        return state(model)
+
+    whole = run(1)
+    assert furthest(run(4), whole) < 1e-10
+    assert furthest(run(3), whole) < 1e-10  # micro-batches of 22, 21 and 21
+
+
+def test_label_smoothing_is_that_of_the_paper():
+    logits, labels = torch.randn(6, 10, generator=torch.manual_seed(0)), torch.arange(6)
+    found = losses.cross_entropy(0.2)(logits, Micro(logits, labels))
+    target = F.one_hot(labels, 10) * 0.8 + 0.2 / 10
+    assert torch.allclose(found, -(target * logits.log_softmax(1)).sum(1), atol=1e-6)
+
+
+# learning rate, clipping, weight decay
+
+
+def test_the_learning_rate_warms_up_then_falls_as_a_cosine(pixels):
+    cfg = CFG.model_copy(update={"epochs": 10, "warmup_epochs": 3.0})
+    history = fit(network(), CROSS_ENTROPY, batches(pixels, batch_size=ROWS), cfg)  # one step an epoch
+    wanted = [1 / 3, 2 / 3, 1, *(0.5 * (1 + math.cos(math.pi * i / 7)) for i in range(7))]
+    assert [row["lr"] for row in history] == pytest.approx([0.05 * w for w in wanted])
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(1, 0), (2, 1), (100, 0), (100, 50)])
+def test_the_schedule_reaches_its_peak_and_ends_near_zero(total, warmup):
+    factors = [lr_factor(step, total, warmup) for step in range(total)]
+    assert max(factors) == pytest.approx(1)
+    assert all(0 < factor <= 1 for factor in factors)
+    assert lr_factor(total, total, warmup) == pytest.approx(0)
+
+
+def test_the_clipped_norm_bounds_the_step(pixels):
+    steps = {}
+    for clip in (None, 0.001):
+        model = network()
+        before = nn.utils.parameters_to_vector(model.parameters()).detach()
+        cfg = Train(batch_size=ROWS, lr=1.0, momentum=0, weight_decay=0, warmup_epochs=0, clip_norm=clip)
+        fit(model, CROSS_ENTROPY, batches(pixels, batch_size=ROWS), cfg, epochs=1)
+        steps[clip] = float((nn.utils.parameters_to_vector(model.parameters()) - before).norm())
+    assert steps[None] > 0.1
+    assert steps[0.001] == pytest.approx(0.001, rel=0.01)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weights_decay_but_biases_do_not(optimizer):
+    model = network()
+    groups = make_optimizer(model, CFG.model_copy(update={"optimizer": optimizer}), 0.1).param_groups
+    assert [group["weight_decay"] for group in groups] == [CFG.weight_decay, 0.0]
+    assert {p.dim() > 1 for p in groups[0]["params"]} == {True}
+    assert {p.dim() for p in groups[1]["params"]} == {1}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+# a loss that is not finite
+
+
+def poisoned(after: int) -> losses.Loss:
+    """Cross entropy that is NaN from one call on."""
+    calls = 0
+
+    def loss(logits: torch.Tensor, micro: Micro) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return CROSS_ENTROPY(logits, micro) * (math.nan if calls > after else 1.0)
+
+    return loss
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_keys_that_mend_it(pixels):
+    with pytest.raises(TrainError) as caught:
+        fit(network(), poisoned(after=7), batches(pixels), CFG)
+    message = str(caught.value)
+    assert message.startswith("the loss is not finite at epoch 2, step 8: lower the learning rate (now 0.05: train.lr")
+    for key in ("recover.lr", "train.clip_norm (now None)", "train.warmup_epochs (now 1)", "train.precision float32"):
+        assert key in message
+
+
+def test_a_learning_rate_that_explodes_is_noticed(pixels):
+    with pytest.raises(TrainError, match=r"epoch 1, step \d: .*\(now 1e\+30"):
+        fit(network(), CROSS_ENTROPY, batches(pixels), CFG, lr=1e30)
+
+
+# checkpoints
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_checkpoint_holds_the_model_and_the_whole_optimizer(tmp_path, pixels, optimizer):
+    cfg = CFG.model_copy(update={"optimizer": optimizer})
+    kept: dict[str, Any] = {}
+
+    def on_epoch(metrics: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        checkpoint.save(tmp_path, metrics["epoch"], model, optimizer)
+        kept.update(model=state(model), optimizer=optimizer.state_dict())
+
+    fit(network(), CROSS_ENTROPY, batches(pixels), cfg, epochs=1, on_epoch=on_epoch)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert found.epoch == 1
+    assert furthest(found.model, kept["model"]) == 0
+    wanted = kept["optimizer"]["state"]
+    assert found.optimizer["state"].keys() == wanted.keys()
+    assert wanted[0].keys() & {"momentum_buffer", "exp_avg_sq"}
+    for index, entry in wanted.items():
+        assert furthest(found.optimizer["state"][index], entry) == 0
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_resumed_training_ends_bit_identical(tmp_path, pixels, optimizer):
+    cfg = CFG.model_copy(update={"optimizer": optimizer, "epochs": 3, "lr": 0.01, "clip_norm": 1.0})
+    source = batches(pixels, Augment(rotation=10, crop=0.1))
+
+    def on_epoch(metrics: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        checkpoint.save(tmp_path / str(metrics["epoch"]), metrics["epoch"], model, optimizer)
+
+    whole = noisy_network()
+    fit(whole, CROSS_ENTROPY, source, cfg, on_epoch=on_epoch)
+    for epoch in (1, 2, 3):
+        resumed = noisy_network()
+        nn.init.zeros_(resumed[1].weight)  # nothing may depend on what it starts with
+        history = fit(resumed, CROSS_ENTROPY, source, cfg, resume=checkpoint.latest(tmp_path / str(epoch)))
+        assert [row["epoch"] for row in history] == list(range(epoch + 1, 4))
+        assert furthest(state(resumed), state(whole)) == 0
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with the checkpoints of epochs 3 and 4, of 4 that were saved."""
+    model = network()
+    for epoch in range(1, 5):
+        nn.init.constant_(model[0].bias, epoch)
+        checkpoint.save(tmp_path, epoch, model, make_optimizer(model, CFG, 0.1))
+    return tmp_path
+
+
+def test_the_last_two_checkpoints_are_kept_and_nothing_else(saved):
+    assert sorted(path.name for path in saved.iterdir()) == ["epoch-00003", "epoch-00004"]
+    found = checkpoint.latest(saved)
+    assert found is not None
+    assert found.epoch == 4
+    assert (found.model["0.bias"] == 4).all()
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
+@pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
+def test_a_harmed_checkpoint_is_passed_over(saved, name, harm):
+    if (name, harm) == ("state.json", flip):
+        pytest.skip("its last byte is a line end")
+    harm(saved / "epoch-00004" / name)
+    found = checkpoint.latest(saved)
+    assert found is not None
+    assert found.epoch == 3
+    assert (found.model["0.bias"] == 3).all()
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "no") is None
+
+
+# evaluation
+
+
+@pytest.mark.parametrize("size", [1, 50, 512])
+def test_an_evaluation_is_that_of_all_rows_at_once(digits, size):
+    model, rows = network(), len(digits.val.labels)
+    images = torch.from_numpy(digits.val.images.transpose(0, 3, 1, 2) / np.float32(255)).sub(0.3).div(0.4)
+    labels = torch.from_numpy(digits.val.labels.copy())
+    with torch.no_grad():
+        logits = model(images)
+    score = evaluate(model, eval_batches(digits.val, [0.3], [0.4], size), rows)
+    assert score.rows == rows
+    assert score.accuracy == (logits.argmax(1) == labels).double().mean().item()
+    assert score.loss == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-5)
+
+
+def test_rows_left_out_of_an_evaluation_are_noticed(digits):
+    part = list(eval_batches(digits.val, [0.3], [0.4], 64))[1:]
+    rows = len(digits.val.labels)
+    with pytest.raises(AssertionError, match=f"evaluated {rows - 64} rows of {rows}"):
+        evaluate(network(), part, rows)
+
+
+def test_an_evaluation_switches_dropout_off_and_back_on(digits):
+    model = noisy_network()
+    before = state(model)
+    scores = [evaluate(model, eval_batches(digits.val, [0.3], [0.4], 64), len(digits.val.labels)) for _ in range(2)]
+    assert scores[0] == scores[1]
+    assert model.training
+    assert furthest(state(model), before) == 0
+
+
+def test_the_object_stores_read_only_pictures_are_evaluated_without_a_warning(digits):
+    assert not digits.val.images.flags.writeable
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert len(list(eval_batches(digits.val, [0.3], [0.4], 64))) == 3
+    finally:
+        torch.set_warn_always(False)
+
+
+def test_a_confusion_matrix_has_true_classes_as_rows():
+    assert confusion(np.array([0, 0, 2, 1]), np.array([0, 1, 2, 1]), 3).tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
+
+
+# two workers
+
+
+def worker(rank: int, folder: Path, pixels: Pixels) -> None:
+    """One of two processes of a gloo group over the loopback interface."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    try:
+        model = network()
+        part = eval_batches(pixels, [0.3], [0.4], 64, rank, 2)
+        source = batches(pixels, Augment(rotation=10), rank=rank, world=2, accumulate=2)
+        score = evaluated(pixels, rank, 2)
+        history = fit(model, CROSS_ENTROPY, source, CFG, epochs=1, evaluate=score)
+        try:
+            fit(model, poisoned(after=6 if rank == 1 else 99), source, CFG)
+            error = ""
+        except TrainError as err:
+            error = str(err)
+        result = {"weights": 0, "loss": history[0]["train_loss"], "accuracy": history[0]["val_accuracy"], "error": error}
+    finally:
+        dist.destroy_process_group()
