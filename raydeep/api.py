@@ -71,11 +71,16 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: 
         job.model.name, job.model.args, manifest.classes, manifest.shape(job.data), manifest.mean, manifest.std
     )
     artifact.build(spec)
-    if run is None:
-        run = Run.create(job, command)
-    ui.say(f"  run        {run.path}")
+    fresh = run is None
+    run = run or Run.create(job, command)
     with ui.stage("ray") as stage:
-        plan = stack.enter_context(launch.cluster(job, run.path / "ray.log"))
+        try:
+            plan = stack.enter_context(launch.cluster(job, run.path / "ray.log"))
+        except RaydeepError:
+            if fresh:  # nothing has been done yet: nothing is left
+                shutil.rmtree(run.path)
+            raise
+        ui.say(f"  run        {run.path}")
         from raydeep.data import stream
 
         data = stream.load(manifest, job.data, lambda done, total: stage.update(done, total, "pictures decoded"))

@@ -61,7 +61,7 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
     restore = _quiet(log)
     try:
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            _join(address)
             there = ray.cluster_resources()
             plan = sizing.plan(
                 int(there.get("CPU", 0)), scaling.workers, scaling.cpus_per_worker, search.concurrent,
@@ -77,11 +77,22 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
 
         _quiet_loggers(log)
         yield plan
-    except ConnectionError as err:
-        raise ResourceError(f"no Ray cluster answers at RAY_ADDRESS {address}: {err}") from None
     finally:
         ray.shutdown()
         restore()
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as err:  # ConnectionError, AuthenticationError and others: nothing has started yet
+        raise ResourceError(
+            f"no Ray cluster lets this process in at RAY_ADDRESS {address}: {str(err).splitlines()[0]}; start it, "
+            f"unset RAY_ADDRESS to run on this machine, or, if it asks for a token, set RAY_AUTH_MODE=token and "
+            f"RAY_AUTH_TOKEN_PATH=FILE"
+        ) from None
 
 
 def _quiet(log: Path) -> Callable[[], None]:
