@@ -27,16 +27,19 @@ def prepare(job: Job, ui: Ui) -> Manifest:
 
     with ui.stage("data") as stage:
         storage = Path(job.storage).expanduser().resolve()
+        if storage.exists() and not storage.is_dir():
+            raise DataError(f"storage: can't make run folders in {storage}: it is a file; set storage=FOLDER")
         manifest = shards.prepare(job.data, storage, lambda done, total: stage.update(done, total, "pictures"))
         resident.check_memory(manifest, job.data)
         counts = manifest.splits["train"]["class_counts"]
         limit = job.data.limit_per_class or max(counts)
         rows = sum(min(count, limit) for count in counts)
-        batch = max(job.train.batch_size, job.recover.batch_size or 0)
-        if batch > rows:
-            raise DataError(
-                f"train.batch_size {batch} is larger than the train split of {rows:,} rows; lower it to at most {rows}"
-            )
+        for key, batch in (("train", job.train.batch_size), ("recover", job.recover.batch_size or 1)):
+            if batch > rows:
+                raise DataError(
+                    f"{key}.batch_size {batch} is larger than the train split of {rows:,} rows; lower it to at most "
+                    f"{rows}"
+                )
         height, width, channels = manifest.shape(job.data)
         stage.text = (
             f"{rows:,} train, {manifest.rows('val'):,} val, {manifest.rows('test'):,} test pictures of "

@@ -57,12 +57,16 @@ def _run_stage(stage: str, job: Path | None, sets: list[str] | None, resume: Pat
     command = shlex.join(["raydeep", *sys.argv[1:]])
     run = Run.open(resume) if resume is not None else None
     resolved = run.job if run is not None else load_job(job or "", sets or [])
-    if stage == "train":
-        api.train(resolved, command, ui, resume=run)
-    elif stage == "compress":
-        api.compress(resolved, command, ui, start=start, resume=run)
-    else:
-        api.search(resolved, command, ui, start=start, resume=run)
+    try:
+        if stage == "train":
+            api.train(resolved, command, ui, resume=run)
+        elif stage == "compress":
+            api.compress(resolved, command, ui, start=start, resume=run)
+        else:
+            api.search(resolved, command, ui, start=start, resume=run)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; go on with --resume: raydeep {stage} --resume RUN, the run folder above", err=True)
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -167,9 +171,6 @@ def main() -> None:
     except RaydeepError as err:
         typer.echo(f"error: {err}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("\nstopped; go on with --resume and the run folder printed above", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

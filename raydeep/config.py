@@ -6,19 +6,13 @@ Defaults live here and nowhere else. A stage receives its own section only.
 from __future__ import annotations
 
 import difflib
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from raydeep.errors import JobError
-
-MAX_JOB_BYTES = 256 * 1024
-MAX_ALIASES = 64
-MAX_NODES = 20_000
-MAX_DEPTH = 32
+from raydeep.safeyaml import MAX_JOB_BYTES, load_yaml
 
 
 def _none_word(value: Any) -> Any:
@@ -34,8 +28,8 @@ def _bits(value: Any) -> Any:
 
 def _pair(value: Any) -> Any:
     if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value):
-        if not 0 < value[0] <= value[1]:
-            raise ValueError("expected [low, high] with 0 < low <= high")
+        if not 0 < value[0] <= value[1] < float("inf"):
+            raise ValueError("expected [low, high] with 0 < low <= high, both finite")
         return tuple(float(v) for v in value)
     raise ValueError("expected two numbers: [low, high]")
 
@@ -46,6 +40,10 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+MaybeCount = Annotated[Count | None, BeforeValidator(_none_word)]
+MaybePositive = Annotated[Positive | None, BeforeValidator(_none_word)]
+MaybeSide = Annotated[Annotated[int, Field(ge=4, le=4096)] | None, BeforeValidator(_none_word)]
+MaybeText = Annotated[str | None, BeforeValidator(_none_word)]
 
 
 class Section(BaseModel):
@@ -60,10 +58,10 @@ class Data(Section):
     source: Literal["digits", "folder", "parquet", "synthetic"] = Field(
         "digits", description="digits (embedded), folder (class sub-folders), parquet, synthetic"
     )
-    path: str | None = Field(None, description="Folder of the source; not needed for digits and synthetic")
+    path: MaybeText = Field(None, description="Folder of the source; not needed for digits and synthetic")
     image_column: str = Field("image", description="parquet: column with the bytes of one picture file")
     label_column: str = Field("label", description="parquet: column with the label, an integer or a string")
-    image_size: Annotated[int, Field(ge=4, le=4096)] | None = Field(
+    image_size: MaybeSide = Field(
         None,
         description="Side in pixels; the shorter side is scaled to it and the centre cropped. "
         "none: the pictures' own size, which must then be one and the same",
@@ -78,7 +76,7 @@ class Data(Section):
     split_seed: Annotated[int, Field(ge=0)] = Field(
         0, description="Seed of those splits; apart from `seed`, so that runs share a test set"
     )
-    limit_per_class: Count | None = Field(None, description="Train on at most N pictures a class (few data)")
+    limit_per_class: MaybeCount = Field(None, description="Train on at most N pictures a class (few data)")
     max_bad_fraction: Probability = Field(0.01, description="Fail if more pictures than this can't be read")
     shard_bytes: Annotated[int, Field(ge=1024)] = Field(64 * 2**20, description="Target size of a shard, bytes")
     memory_bytes: Annotated[int, Field(ge=2**20)] = Field(
@@ -131,7 +129,7 @@ class Train(Section):
     weight_decay: NotNegative = 5e-4
     warmup_epochs: NotNegative = Field(1.0, description="Linear warm-up, in epochs; then cosine to zero")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    clip_norm: Positive | None = Field(None, description="Clip the gradient's norm to this; none: off")
+    clip_norm: MaybePositive = Field(None, description="Clip the gradient's norm to this; none: off")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 autocast on GPUs that have it, float32 elsewhere"
     )
@@ -169,7 +167,7 @@ class Recover(Section):
 
     epochs: Annotated[int, Field(ge=0, le=100_000)] = 4
     lr: Positive = Field(0.01, description="Peak learning rate of recovery")
-    batch_size: Count | None = Field(None, description="none: that of train")
+    batch_size: MaybeCount = Field(None, description="none: that of train")
 
 
 DEFAULT_SPACE: dict[str, list[Any]] = {
@@ -188,7 +186,7 @@ class Search(Section):
         default_factory=lambda: dict(DEFAULT_SPACE),
         description="Dotted job key: list of choices",
     )
-    concurrent: Count | None = Field(None, description="Trials at once; none: one a core")
+    concurrent: MaybeCount = Field(None, description="Trials at once; none: one a core")
     startup_trials: Count = Field(10, description="Random trials before Optuna's TPE models the objectives")
     max_failed: Annotated[int, Field(ge=0)] = Field(3, description="Stop the search after more failed trials")
 
@@ -239,7 +237,14 @@ class Job(Section):
                 f"train.batch_size {self.train.batch_size} is not a multiple of scaling.workers "
                 f"{self.scaling.workers} × train.accumulate {self.train.accumulate}"
             )
-        for key, choices in self.search.space.items():
+        space = self.search.space
+        integers = self.quantize.weight_bits is not None or any(space.get("quantize.weight_bits", []))
+        if any(space.get("quantize.activation_bits", [])) and not integers:
+            raise ValueError(
+                "search.space.quantize.activation_bits needs weight bits beside it: set quantize.weight_bits, or add "
+                "it to the space"
+            )
+        for key, choices in space.items():
             if not choices:
                 raise ValueError(f"search.space.{key} has no choices")
             if key.split(".")[0] not in SEARCHABLE:
@@ -275,87 +280,6 @@ class Job(Section):
 
 
 SEARCHABLE = ("prune", "quantize", "distill", "recover")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without tags, duplicate keys or floods of aliases; `3e-4` is a float."""
-
-    def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
-        self.aliases = self.nodes = self.depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event: Any = self.peek_event()
-        self.nodes += 1
-        if isinstance(event, yaml.AliasEvent):
-            self.aliases += 1
-        if self.aliases > MAX_ALIASES or self.nodes > MAX_NODES or self.depth > MAX_DEPTH:
-            raise JobError(f"line {event.start_mark.line + 1}: too many nested values or aliases for a job")
-        if getattr(event, "tag", None) is not None:
-            raise JobError(f"line {event.start_mark.line + 1}: tags ({event.tag}) are not allowed in a job")
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if not isinstance(key, str):
-                raise JobError(f"line {key_node.start_mark.line + 1}: a key must be plain text")
-            if key in seen:
-                raise JobError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice")
-            if key == "<<":
-                raise JobError(f"line {key_node.start_mark.line + 1}: merge keys (<<) are not allowed in a job")
-            seen.add(key)
-        return super().construct_mapping(node, deep=True)
-
-
-_Loader.yaml_implicit_resolvers = {  # a copy, so that yaml.SafeLoader itself stays as it is
-    first: [(tag, exp) for tag, exp in pairs if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF)|\.(nan|NaN))$"),
-    list("-+.0123456789"),
-)
-
-
-def load_yaml(text: str) -> Any:
-    """Load YAML safely: no tags, no duplicate keys, size, depth and aliases bounded.
-
-    Raises:
-        JobError: with the line and what is wrong there.
-    """
-    if len(text.encode()) > MAX_JOB_BYTES:
-        raise JobError(f"larger than {MAX_JOB_BYTES:,} bytes: that is no job file")
-    try:
-        loader = _Loader(text)
-        tree = loader.get_single_data()
-        if _size(tree) > MAX_NODES:
-            raise JobError("aliases expand to too many values for a job")
-        return tree
-    except yaml.YAMLError as err:
-        mark = getattr(err, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise JobError(f"{where}not valid YAML: {getattr(err, 'problem', None) or err}") from None
-    except (RecursionError, ValueError) as err:
-        raise JobError(f"not valid YAML: {err}") from None
-
-
-def _size(tree: Any, budget: int = MAX_NODES) -> int:
-    """Number of values in the expanded tree, counted no further than just past `budget`."""
-    count, stack = 0, [tree]
-    while stack and count <= budget:
-        item = stack.pop()
-        count += 1
-        if isinstance(item, dict):
-            stack.extend(item.values())
-        elif isinstance(item, list):
-            stack.extend(item)
-    return count
 
 
 def load_job(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Job:
@@ -436,12 +360,14 @@ def valid_keys() -> list[str]:
 def _nearest(key: str) -> str:
     keys = valid_keys()
     parent, _, leaf = key.rpartition(".")
+    same_leaf = [k for k in keys if k.rpartition(".")[2] == leaf]
+    if same_leaf:
+        return same_leaf[0]
     siblings = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == parent]
     near = difflib.get_close_matches(leaf, siblings, 1, 0.5)
     if near:
         return f"{parent}.{near[0]}".lstrip(".")
-    same_leaf = [k for k in keys if k.rpartition(".")[2] == leaf]
-    return same_leaf[0] if same_leaf else (difflib.get_close_matches(key, keys, 1, 0.0) or ["name"])[0]
+    return (difflib.get_close_matches(key, keys, 1, 0.0) or ["name"])[0]
 
 
 def _explain(err: ValidationError, where: str, prefix: str = "") -> str:

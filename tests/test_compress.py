@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -28,6 +27,15 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 def zeros(masks: dict[str, torch.Tensor]) -> int:
     return sum(int((~mask).sum()) for mask in masks.values())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small networks run faster so."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # pruning
@@ -191,7 +199,7 @@ def test_float_adds_no_quantizers():
     assert layers.part(model[1], layers.WeightQuant) is None
 
 
-def test_calibration_leaves_the_mode_of_the_network(request):
+def test_calibration_leaves_the_mode_of_the_network():
     model = zoo.build("resnet8", {}, 5, (8, 8, 1)).train()
     before = model.bn1.running_mean.clone()
     quantize.prepare(model, Quantize(weight_bits=4, activation_bits=4), [torch.randn(8, 1, 8, 8)])
@@ -209,8 +217,6 @@ def test_batchnorm_is_set_to_the_statistics_of_the_data():
     close(model[1].running_var, torch.stack([o.var(1, unbiased=True) for o in out]).mean(0))
     assert model[1].momentum == 0.1
     assert not model.training
-    normal = model(batches[0]) + 0 * model[1].bias.view(1, -1, 1, 1)
-    assert torch.equal(model(batches[0]), normal)
 
 
 def test_batchnorm_without_running_statistics_is_left_alone():
@@ -309,10 +315,10 @@ def test_bytes_of_a_file_are_those_of_its_floats_and_a_header():
 @pytest.fixture(scope="module")
 def dense(digits: Dataset) -> plan.Dense:
     """A narrow seed network, two epochs old."""
-    spec = artifact.make_spec("seed", {"width": 8}, digits.classes, digits.shape, digits.mean, digits.std)
+    spec = artifact.make_spec("seed", {"width": 16}, digits.classes, digits.shape, digits.mean, digits.std)
     torch.manual_seed(0)
     model = artifact.build(spec)
-    cfg = Train(epochs=2, batch_size=64, lr=0.05)
+    cfg = Train(epochs=2, batch_size=32, lr=0.1)
     batches = Batches(digits.train, Augmenter(Augment(), digits.mean, digits.std), cfg.batch_size, seed=0)
     fit(model, losses.cross_entropy(), batches, cfg)
     return plan.Dense(*artifact.freeze(model.eval(), spec, fold=False))
@@ -378,7 +384,8 @@ def test_recovery_reports_its_epochs(job, dense, digits):
 
 
 def test_without_recovery_the_network_is_cut_and_scored(job, dense, digits):
-    result = plan.compress(job.with_values({"prune.sparsity": 0.5, "recover.epochs": 0}), dense, digits, seed=0)
+    cut = job.with_values({"prune.sparsity": 0.5, "recover.epochs": 0})
+    result = plan.compress(cut, dense, digits, seed=0)
     assert result.history == []
     _, tensors = pack.unpack(result.packed)
     kept = dense.tensors["0.weight"][tensors["0.weight"] != 0]
@@ -388,7 +395,7 @@ def test_without_recovery_the_network_is_cut_and_scored(job, dense, digits):
 
 @pytest.mark.parametrize("rows", [1, 255, 257, 520])
 def test_calibration_batches_weigh_every_row_alike(digits, rows):
-    # BatchNorm takes the mean over batches, and can't take one row of 1×1 maps: no small batch may be left over
+    # BatchNorm takes the mean over batches, and can't take one row of 1×1 maps: no small batch is left over
     sizes = [len(images) for images in plan.calibration_batches(digits, rows, seed=0)]
     assert sum(sizes) == rows
     assert min(sizes) > 0.95 * max(sizes)

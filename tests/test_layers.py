@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,15 @@ from torch import nn
 from raydeep.model import layers
 
 BITS = range(2, 9)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small networks run faster so."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -191,5 +202,6 @@ def test_input_quantizer_acts_on_what_the_layer_reads():
 
 
 def test_compressible_layers_come_in_the_order_of_definition():
-    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
+    inner = nn.Sequential(nn.Linear(2, 2))
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), inner, nn.Linear(2, 2))
     assert [name for name, _ in layers.compressible(net)] == ["0", "2.0", "3"]

@@ -115,12 +115,7 @@ def write_ledger(folder: Path, rng: random.Random, error: str) -> list[dict]:
             "distill.enabled": rng.random() < 0.5,
         }
         kept, bits = 1 - config["prune.sparsity"], config["quantize.weight_bits"]
-        loss = (
-            0.25 / bits**2.5
-            + 0.002 / kept**1.2
-            + abs(rng.gauss(0, 0.006))
-            - 0.002 * config["distill.enabled"]
-        )
+        loss = 0.25 / bits**2.5 + 0.002 / kept**1.2 + abs(rng.gauss(0, 0.006)) - 0.002 * config["distill.enabled"]
         accuracy = max(0.11, 0.988 - loss - (0.3 if bits == 2 and kept < 0.2 else 0))
         packed = int(900 + DENSE_BYTES * kept * (bits + 1.6 * (kept < 1)) / 32 * rng.uniform(0.9, 1.0))
         failed = trial in (17, 41)
@@ -200,9 +195,7 @@ class Page(HTMLParser):
         self.feed(self.html)
         self.close()
         assert self.open == [], f"elements left open: {self.open}"
-        embedded = [
-            t for t, (_, a) in zip(self.scripts, self.of("script"), strict=True) if a.get("id") == "run-data"
-        ]
+        embedded = [t for t, (_, a) in zip(self.scripts, self.of("script"), strict=True) if a.get("id") == "run-data"]
         assert len(embedded) == 1
         self.data = json.loads(embedded[0])
 

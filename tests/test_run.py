@@ -90,9 +90,8 @@ def test_a_missing_log_has_no_lines(tmp_path):
 
 def test_sha256_is_that_of_the_bytes(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
-    assert runs.sha256_file(tmp_path / "file") == (
-        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    )
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert runs.sha256_file(tmp_path / "file") == expected
 
 
 def test_a_created_run_opens_with_the_same_job(job: Job):
@@ -156,7 +155,7 @@ def test_a_plan_leaves_cpus_for_data_tasks():
     [
         (
             {"cores": 2, "workers": 4, "cpus_per_worker": 1, "concurrent": None},
-            r"scaling.workers 4 × cpus_per_worker 1 = 4 CPUs, but this machine has 2; .*\(workers: at most 2\)",
+            r"workers 4 × cpus_per_worker 1 = 4 CPUs, but this machine has 2; .*\(workers: at most 2\)",
         ),
         (
             {"cores": 4, "workers": 3, "cpus_per_worker": 1.5, "concurrent": None, "where": "the cluster"},

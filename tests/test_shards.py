@@ -305,7 +305,7 @@ def test_hugging_face_pictures_names_and_splits(tmp_path):
         ([0, 1, 1, 2], '["cat", "dog"]', "a.parquet row 3: label 2; expected one of 2 classes (0, 1)"),
         (["a", "b", None], None, "a.parquet row 2: label None; expected one of 2 classes (a, b)"),
         ([0.0, 1.5], None, "a.parquet row 0: label 0.0; expected integers from 0, or strings"),
-        ([True, False], None, "a.parquet row 0: label True; expected one of 2 classes (0, 1)"),
+        ([True, False], None, "a.parquet row 0: label True; expected integers from 0, or strings"),
         ([[0], [1]], None, "a.parquet row 0: label [0]; expected integers from 0, or strings"),
         ([1] * 20, None, "all labels are the same; expected 2 or more classes"),
         (["a"] * 20, None, "all labels are the same; expected 2 or more classes"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,8 @@ NO_FACTORY = 3
 
 def tiny(num_classes, in_channels, image_size, hidden=4):
     height, width = image_size
-    return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * height * width, hidden), nn.Linear(hidden, num_classes))
+    first = nn.Linear(in_channels * height * width, hidden)
+    return nn.Sequential(nn.Flatten(), first, nn.Linear(hidden, num_classes))
 
 def no_module(num_classes, in_channels, image_size):
     return [num_classes]
@@ -38,6 +39,15 @@ class Pair(nn.Module):
 def pair(num_classes, in_channels, image_size):
     return Pair()
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small networks run faster so."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -24,8 +24,9 @@ class Cost(NamedTuple):
 
 
 def count(tensors: dict[str, torch.Tensor]) -> Cost:
-    """Parameters and non-zeros of frozen tensors; scales are not counted."""
-    counted = [t for name, t in tensors.items() if not name.endswith(".weight.scale")]
+    """Parameters and non-zeros of frozen tensors; scales and BatchNorm's statistics are not counted."""
+    others = (".weight.scale", ".running_mean", ".running_var")
+    counted = [t for name, t in tensors.items() if not name.endswith(others)]
     return Cost(sum(t.numel() for t in counted), sum(int(torch.count_nonzero(t)) for t in counted))
 
 

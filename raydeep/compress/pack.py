@@ -23,6 +23,7 @@ from raydeep.errors import ModelError
 MAGIC = b"RDZ1"
 VERSION = 1
 MAX_HEADER_BYTES = 64 * 2**20
+MAX_ELEMENTS = 2**31  # of one tensor
 
 
 def pack(spec: dict[str, Any], tensors: dict[str, torch.Tensor]) -> bytes:
@@ -59,12 +60,13 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         tensors, at = {}, 8 + length
         for name, shape, codec, size, params in header["tensors"]:
             blob = data[at : at + size]
-            if len(blob) != size or codec not in DECODE:
+            whole = all(isinstance(n, int) and n >= 0 for n in (size, *shape)) and math.prod(shape) <= MAX_ELEMENTS
+            if not whole or len(blob) != size or codec not in DECODE:
                 raise ModelError(f"the packed model's tensor {name} is broken; export it again")
             tensors[name] = torch.from_numpy(DECODE[codec](blob, math.prod(shape), params).reshape(shape))
             at += size
         return header["spec"], tensors
-    except (KeyError, ValueError, TypeError, zlib.error, struct.error) as err:
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError, zlib.error, struct.error) as err:
         raise ModelError(f"the packed model is broken: {err}; export it again") from None
 
 

@@ -13,7 +13,7 @@ import torch
 
 from raydeep.compress import cost, distill, pack, prune, quantize
 from raydeep.data import order
-from raydeep.data.augment import Augmenter
+from raydeep.data.augment import Augmenter, to_input
 from raydeep.data.resident import Batches, Dataset, Pixels, eval_batches
 from raydeep.model import artifact
 from raydeep.train import losses
@@ -103,5 +103,8 @@ def predictions(model: torch.nn.Module, data: Dataset, pixels: Pixels, batch_siz
 def calibration_batches(data: Dataset, rows: int, seed: int, device: str = "cpu") -> list[torch.Tensor]:
     """Network inputs of a seeded choice of train rows, not augmented: batches of float32 NCHW."""
     chosen = order.epoch_order(seed, 0, len(data.train.labels))[:rows]
-    pixels = Pixels(data.train.images[chosen], data.train.labels[chosen])
-    return [m.images for m in eval_batches(pixels, data.mean, data.std, CALIBRATION_BATCH, device=device)]
+    out = []
+    for part in np.array_split(chosen, -(-len(chosen) // CALIBRATION_BATCH)):  # even: averages weigh batches alike
+        images = torch.from_numpy(data.train.images[part]).to(device)
+        out.append(to_input(images, data.mean, data.std))
+    return out

@@ -75,8 +75,8 @@ def prepare(model: nn.Module, cfg: Prune, recovers: bool) -> Callable[[int, int]
         return None
 
     def tighten(step: int, total: int) -> None:
-        last = max(1, total // 2)
+        last = total // 2
         if step <= last and (step % EVERY == 0 or step == last):
-            apply(cubic(step / last, cfg.sparsity))
+            apply(cubic(step / last if last else 1.0, cfg.sparsity))
 
     return tighten

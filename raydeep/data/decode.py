@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from raydeep.errors import DataError
 
 MAX_PIXELS = 64 * 2**20
-GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
+GREY_MODES = ("1", "L", "LA", "La", "F")
 CHANNELS = {"grey": 1, "rgb": 3}
 
 
@@ -31,22 +31,20 @@ def open_picture(data: bytes) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS:,}")
             image.load()
+            image = ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise DataError("not a picture in a known format") from None
     except DataError:
         raise
     except Exception as err:  # Pillow's plugins raise many kinds on broken files; none may stop a run
         raise DataError(f"can't be decoded: {str(err) or type(err).__name__}") from None
-    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode == "I":
         return Image.fromarray((np.asarray(image, np.uint32).clip(0, 65535) >> 8).astype(np.uint8))
-    if image.mode in GREY_MODES:
-        return image.convert("L")
-    if "transparency" in image.info or image.mode in ("RGBA", "PA"):
-        rgba = image.convert("RGBA")  # what is transparent becomes black, as decoders that drop alpha show it
-        black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
-        return Image.alpha_composite(black, rgba).convert("RGB")
-    return image.convert("RGB")
+    kept = "L" if image.mode in GREY_MODES else "RGB"
+    if "transparency" in image.info or image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
+        rgba = image.convert("RGBA")  # what is transparent becomes black
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert(kept)
+    return image.convert(kept)
 
 
 def to_pixels(image: Image.Image, mode: str, size: int | None) -> np.ndarray:

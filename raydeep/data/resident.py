@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -46,18 +47,25 @@ class Dataset(NamedTuple):
 
 
 def assemble(manifest: Manifest, cfg: Data, splits: dict[str, Pixels]) -> Dataset:
-    """Put decoded splits together: few-data selection, mean and std of what is trained on."""
+    """Put decoded splits together, with mean and std of what is trained on."""
     train = splits["train"]
     mean, std = manifest.mean, manifest.std
-    if cfg.limit_per_class is not None:
-        rows = order.few(train.labels, cfg.limit_per_class, cfg.split_seed)
-        train = Pixels(train.images[rows], train.labels[rows])
     channels = train.images.shape[-1]
     if cfg.limit_per_class is not None or len(mean) != channels:
-        sample = train.images[:: max(1, len(train.images) // 4096)].astype(np.float32) / 255
-        mean = [float(v) for v in sample.mean((0, 1, 2))]
-        std = [max(float(v), 1e-3) for v in sample.std((0, 1, 2))]
+        mean, std = _moments(train.images)
     return Dataset(train, splits["val"], splits["test"], manifest.classes, mean, std)
+
+
+def _moments(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation a channel, in [0, 1]: exact, from histograms of the uint8 values."""
+    counts = np.zeros((images.shape[-1], 256), np.int64)
+    for start in range(0, len(images), 1024):
+        for channel in range(images.shape[-1]):
+            counts[channel] += np.bincount(images[start : start + 1024, ..., channel].reshape(-1), minlength=256)
+    values = np.arange(256) / 255
+    mean = counts @ values / counts.sum(1)
+    variance = (counts * np.square(values - mean[:, None])).sum(1) / counts.sum(1)
+    return mean.tolist(), np.sqrt(np.maximum(variance, 1e-6)).tolist()
 
 
 def check_memory(manifest: Manifest, cfg: Data) -> None:
@@ -66,9 +74,7 @@ def check_memory(manifest: Manifest, cfg: Data) -> None:
     Raises:
         DataError: decoded pictures take more than data.memory_bytes.
     """
-    rows = sum(manifest.rows(split) for split in manifest.splits)
-    if cfg.limit_per_class is not None:
-        rows -= manifest.rows("train") - min(manifest.rows("train"), cfg.limit_per_class * len(manifest.classes))
+    rows = sum(len(found) for found in chosen_rows(manifest, cfg).values())
     need = rows * int(np.prod(manifest.shape(cfg)))
     if need > cfg.memory_bytes:
         raise DataError(
@@ -78,12 +84,32 @@ def check_memory(manifest: Manifest, cfg: Data) -> None:
         )
 
 
+def chosen_rows(manifest: Manifest, cfg: Data) -> dict[str, np.ndarray | range]:
+    """Split → rows that are decoded: all of them, but of train at most data.limit_per_class a class."""
+    rows: dict[str, np.ndarray | range] = {split: range(manifest.rows(split)) for split in manifest.splits}
+    if cfg.limit_per_class is not None:
+        labels = [pq.read_table(f, columns=["label"]).column(0).to_numpy() for f in manifest.files("train")]
+        rows["train"] = order.few(np.concatenate(labels), cfg.limit_per_class, cfg.split_seed)
+    return rows
+
+
+def encoded(manifest: Manifest, split: str, rows: np.ndarray | range) -> Iterator[pa.Table]:
+    """The rows of a split, sorted, as tables of columns image and label, a table a shard."""
+    start = 0
+    for file in manifest.files(split):
+        table = pq.read_table(file, columns=["image", "label"])
+        inside = np.asarray(rows)
+        inside = inside[(inside >= start) & (inside < start + len(table))] - start
+        yield table.take(inside) if len(inside) < len(table) else table
+        start += len(table)
+
+
 def read_dataset(manifest: Manifest, cfg: Data) -> Dataset:
     """Decode all splits in this process (tests, machines without Ray)."""
     check_memory(manifest, cfg)
     splits = {}
-    for split in manifest.splits:
-        tables = [pq.read_table(f, columns=["image", "label"]) for f in manifest.files(split)]
+    for split, rows in chosen_rows(manifest, cfg).items():
+        tables = [table for table in encoded(manifest, split, rows) if len(table)]
         images = [
             decode.decode_batch(t.column("image").to_pylist(), manifest.pixel_mode(cfg), manifest.side(cfg))
             for t in tables
@@ -167,6 +193,6 @@ def eval_batches(
     start, stop = order.eval_range(len(pixels.labels), rank, world)
     for low in range(start, stop, batch_size):
         rows = slice(low, min(low + batch_size, stop))
-        images = torch.from_numpy(np.ascontiguousarray(pixels.images[rows])).to(device)
+        images = torch.from_numpy(np.array(pixels.images[rows])).to(device)  # a copy: the object store is read-only
         labels = torch.from_numpy(np.array(pixels.labels[rows])).to(device)
         yield Micro(to_input(images, mean, std), labels)

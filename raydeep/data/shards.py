@@ -141,7 +141,10 @@ def write_dataset(cfg: Data, out: Path, progress: Progress | None = None) -> Man
     if not source.rows:
         raise DataError(f"{cfg.source} {cfg.path or ''}: no pictures found")
     splits = _assign(source, cfg)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise DataError(f"{out.parent}: can't be made: {err.strerror}; name another folder") from None
     aside = out.with_name(f".{out.name}.{os.getpid()}.{secrets.token_hex(3)}.part")
     aside.mkdir()
     quarantine = out.with_name(f"{out.name}.quarantine.jsonl")
@@ -159,6 +162,9 @@ def write_dataset(cfg: Data, out: Path, progress: Progress | None = None) -> Man
                 f"{cfg.max_bad_fraction:.1%}): {examples}. All are listed in {quarantine}; mend them or raise "
                 f"data.max_bad_fraction"
             )
+        for split, facts in writer.splits.items():
+            if not facts["rows"]:
+                raise DataError(f"the {split} split is empty: every picture of it is in quarantine")
         write_json(aside / "dataset.json", writer.manifest())
         if out.exists():
             out.rmdir()
@@ -218,8 +224,6 @@ class _Writer:
             )
             file = self.folder / name
             shards.append({"name": name, "rows": len(table), "bytes": file.stat().st_size, "sha256": sha256_file(file)})
-        if not shards:
-            raise DataError(f"the {split} split is empty: every picture of it is in quarantine")
         self.splits[split] = {"rows": sum(s["rows"] for s in shards), "class_counts": counts, "shards": shards}
 
     def _tables(self, split: str, rows: list[sources.Row], counts: list[int]) -> Iterator[pa.Table]:

@@ -126,7 +126,7 @@ def parquet(cfg: Data) -> Source:
     rows = []
     for file, split, labels in found:
         for i, label in enumerate(labels):
-            if label not in codes or isinstance(label, bool):
+            if label not in codes:
                 raise DataError(
                     f"{file} row {i}: label {label!r}; expected one of {len(classes)} classes "
                     f"({', '.join(map(str, list(codes)[:4]))}{', …' if len(codes) > 4 else ''})"
@@ -159,16 +159,22 @@ def parquet(cfg: Data) -> Source:
 
 def _classes(file: Path, found: list[tuple[Path, str | None, list[Any]]]) -> tuple[list[str], dict[Any, int]]:
     """Class names, and the code of each label value."""
-    values = {label for _, _, labels in found for label in labels if label is not None}
-    if values and all(isinstance(v, str) for v in values):
+    texts = any(isinstance(label, str) for _, _, labels in found for label in labels)
+    values: set[Any] = set()
+    for origin, _, labels in found:
+        for i, label in enumerate(labels):
+            if label is None:
+                continue  # refused below, where the classes are known
+            whole = isinstance(label, int) and not isinstance(label, bool) and label >= 0
+            if not (isinstance(label, str) if texts else whole):
+                kinds = "strings, as elsewhere" if texts else "integers from 0, or strings"
+                raise DataError(f"{origin} row {i}: label {label!r}; expected {kinds}")
+            values.add(label)
+    if len(values) < 2:
+        raise DataError(f"{file.parent}: all labels are the same; expected 2 or more classes")
+    if texts:
         names = sorted(values)
         return names, {name: i for i, name in enumerate(names)}
-    bad = [v for v in values if not isinstance(v, int) or v < 0]
-    if bad or not values:
-        where = next(
-            (f"{f} row {labels.index(bad[0])}" for f, _, labels in found if bad and bad[0] in labels), str(file.parent)
-        )
-        raise DataError(f"{where}: label {bad[0] if bad else None!r}; expected integers from 0, or strings")
     count = max(values) + 1
     names = [str(i) for i in range(count)]
     if file.exists():
@@ -178,8 +184,6 @@ def _classes(file: Path, found: list[tuple[Path, str | None, list[Any]]]) -> tup
             raise DataError(f"{file}: not valid JSON: {err}") from None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise DataError(f"{file}: expected a list of class names")
-    if len(set(values)) < 2:
-        raise DataError(f"{file.parent}: all labels are the same; expected 2 or more classes")
     return names, {i: i for i in range(len(names))}
 
 

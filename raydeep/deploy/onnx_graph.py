@@ -141,13 +141,14 @@ def _quantize_input(graph: _Graph, node: Any, name: str, act: dict[str, Any]) ->
     scale = graph.constant(f"{name}.in.scale", np.array(act["step"], np.float32))
     zero = graph.constant(f"{name}.in.zero", np.array(-low, np.uint8))
     for depth, member in enumerate(chain):
-        tensor, key, nodes = member.input[0], f"{name}.in{depth}", []
-        if act["bits"] < 8 and depth == len(chain) - 1:
-            top = graph.constant(f"{name}.in.max", np.array(high * np.float32(act["step"]), np.float32))
-            nodes.append(helper.make_node("Clip", [tensor, "", top], [f"{key}.clip"], name=f"{key}.clip"))
-            tensor = f"{key}.clip"
-        nodes.append(helper.make_node("QuantizeLinear", [tensor, scale, zero], [f"{key}.q"], name=f"{key}.q"))
-        nodes.append(helper.make_node("DequantizeLinear", [f"{key}.q", scale, zero], [f"{key}.dq"], name=f"{key}.dq"))
+        key = f"{name}.in{depth}"
+        nodes = [helper.make_node("QuantizeLinear", [member.input[0], scale, zero], [f"{key}.q"], name=f"{key}.q")]
+        quantized = f"{key}.q"
+        if act["bits"] < 8 and depth == len(chain) - 1:  # on integers, so that the layer before still ends in them
+            top = graph.constant(f"{name}.in.max", np.array(high - low, np.uint8))
+            nodes.append(helper.make_node("Clip", [quantized, "", top], [f"{key}.clip"], name=f"{key}.clip"))
+            quantized = f"{key}.clip"
+        nodes.append(helper.make_node("DequantizeLinear", [quantized, scale, zero], [f"{key}.dq"], name=f"{key}.dq"))
         member.input[0] = f"{key}.dq"
         graph.before.setdefault(member.name, []).extend(nodes)
 

@@ -73,7 +73,7 @@ def freeze(model: nn.Module, spec: dict[str, Any], fold: bool = True) -> tuple[d
                 tensors[f"{name}.weight.q"], tensors[f"{name}.weight.scale"] = quant.integers(below)
                 entry["weight_bits"] = quant.bits
             else:
-                tensors[f"{name}.weight"] = module.weight.detach() + 0.0  # type: ignore[operator]  # no -0.0
+                tensors[f"{name}.weight"] = module.weight.detach().clone()  # type: ignore[operator]
             if module.bias is not None:
                 tensors[f"{name}.bias"] = module.bias.detach().clone()  # type: ignore[operator]
         act = getattr(module, "input_quant", None)
@@ -88,14 +88,16 @@ def freeze(model: nn.Module, spec: dict[str, Any], fold: bool = True) -> tuple[d
     for name, entry in entries.items():
         act = entry.get("activation")
         if "weight_bits" in entry and act is not None and f"{name}.bias" in tensors:
-            step = tensors[f"{name}.weight.scale"] * act["step"]
-            tensors[f"{name}.bias"] = bias_integers(tensors[f"{name}.bias"], step).to(step.dtype) * step
+            _round_bias(tensors, name, act["step"])
     covered = set(found) | folded
     for key, value in model.state_dict().items():
         owner = next((c for c in covered if key.startswith(c + ".")), None)
         if owner is None and not key.endswith("num_batches_tracked"):
             tensors[key] = value.detach().clone()
-    tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+    tensors = {
+        key: (value + 0.0 if value.is_floating_point() else value).cpu().contiguous()  # -0.0, from folding, to 0.0
+        for key, value in tensors.items()
+    }
     return {**spec, "folded": [list(pair) for pair in pairs], "layers": entries}, tensors
 
 
@@ -105,6 +107,19 @@ def bias_integers(bias: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     A frozen model holds its bias on this grid, so that what was scored is what integer kernels compute.
     """
     return (bias.double() / step.double()).round().clamp(-(2.0**31) + 1, 2.0**31 - 1)
+
+
+def _round_bias(tensors: Tensors, name: str, activation_step: float) -> None:
+    """Put a layer's bias on its grid. A channel that BatchNorm all but switched off has too fine a grid: it
+    becomes its bias alone, on a grid that holds it.
+    """
+    bias, scale = tensors[f"{name}.bias"], tensors[f"{name}.weight.scale"]
+    off = bias.abs() > scale * activation_step * 2.0**30
+    integers = tensors[f"{name}.weight.q"]
+    tensors[f"{name}.weight.q"] = integers * (~off).to(torch.int8).view(-1, *[1] * (integers.dim() - 1))
+    scale = tensors[f"{name}.weight.scale"] = torch.where(off, bias.abs() / (activation_step * 2.0**20), scale)
+    step = scale * activation_step
+    tensors[f"{name}.bias"] = bias_integers(bias, step).to(step.dtype) * step
 
 
 def thaw(spec: dict[str, Any], tensors: Tensors) -> nn.Module:
@@ -125,11 +140,19 @@ def thaw(spec: dict[str, Any], tensors: Tensors) -> nn.Module:
     state = {}
     for key, value in tensors.items():
         if key.endswith(".weight.q"):
-            scale = tensors[key.removesuffix(".q") + ".scale"]
+            scale = tensors.get(key.removesuffix(".q") + ".scale")
+            if scale is None or len(scale) != len(value):
+                raise ModelError(
+                    f"tensor {key}: no scale for each of its {len(value)} channels; export the model again"
+                )
             state[key.removesuffix(".q")] = value.float() * scale.view(-1, *[1] * (value.dim() - 1))
         elif not key.endswith(".weight.scale"):
             state[key] = value
-    wrong = model.load_state_dict(state, strict=False)
+    try:
+        wrong = model.load_state_dict(state, strict=False)
+    except RuntimeError as err:
+        reason = str(err).splitlines()[-1].strip()
+        raise ModelError(f"tensors do not fit {spec['model']['name']}: {reason}") from None
     missing = [key for key in wrong.missing_keys if not key.endswith("num_batches_tracked")]
     if missing or wrong.unexpected_keys:
         raise ModelError(

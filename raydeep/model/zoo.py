@@ -17,6 +17,9 @@ from torch import nn
 
 from raydeep.errors import ModelError
 
+# Some torchvision networks average BatchNorm over 100 steps, for ImageNet's long epochs. With few data an epoch has
+# 20 steps: the averages lag behind the weights, and the network validates at chance while it learns.
+BN_MOMENTUM = 0.1
 SMALL_SIDE = 64  # torchvision's stems halve the picture 4 to 5 times: below this they get a stride of 1
 
 
@@ -165,11 +168,12 @@ def _check_shape(model: nn.Module, name: str, num_classes: int, shape: tuple[int
 def _own(name: str) -> Callable[..., nn.Module]:
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except ImportError as err:
+        found = importlib.import_module(module)
+    except (ImportError, ValueError) as err:
         raise ModelError(f"model.name {name}: can't import {module}: {err}; run where it can be imported") from None
-    except AttributeError:
-        raise ModelError(f"model.name {name}: {module} has no {attribute}") from None
+    if not hasattr(found, attribute):
+        raise ModelError(f"model.name {name}: {module} has no {attribute}")
+    return getattr(found, attribute)
 
 
 def _torchvision(name: str) -> Callable[..., nn.Module]:
@@ -191,6 +195,9 @@ def _torchvision(name: str) -> Callable[..., nn.Module]:
             args = {"aux_logits": False, "init_weights": True, **args}
         model = models.get_model(name, weights=None, num_classes=num_classes, **args)
         _adapt(model, in_channels, min(image_size))
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
+                module.momentum = max(module.momentum, BN_MOMENTUM)
         return model
 
     return make

@@ -67,10 +67,14 @@ class Proposer(Searcher):
     def _finished(self, row: dict[str, Any]) -> optuna.trial.FrozenTrial:
         done = row["status"] == "done"
         return optuna.trial.create_trial(
-            params=row["config"], distributions=self.distributions,
+            params=self._params(row["config"]), distributions=self.distributions,
             state=optuna.trial.TrialState.COMPLETE if done else optuna.trial.TrialState.FAIL,
             values=[row[name] for name in OBJECTIVES] if done else None,
         )  # fmt: skip
+
+    def _params(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A point of Optuna's space that gives this configuration (see space.canonical)."""
+        return {k: config[k] if config[k] in choices else choices[0] for k, choices in self.space.items()}
 
     def suggest(self, trial_id: str) -> Any:
         """The next configuration, as Ray Tune asks for it."""

@@ -73,7 +73,7 @@ def fit(
     if resume is not None:
         state = resume.optimizer
         groups = [
-            {**g, "params": own["params"]}
+            {**own, **g, "params": own["params"]}
             for g, own in zip(state["param_groups"], optimizer.state_dict()["param_groups"], strict=True)
         ]
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})

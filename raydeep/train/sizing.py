@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from raydeep.errors import ResourceError
@@ -41,7 +42,7 @@ def plan(
         ResourceError: with the numbers asked for and there.
     """
     need = workers * cpus_per_worker
-    if need > cores:
+    if need > cores + 1e-9:
         raise ResourceError(
             f"scaling.workers {workers} × cpus_per_worker {cpus_per_worker:g} = {need:g} CPUs, but {where} has "
             f"{cores}; lower one of them"
@@ -56,4 +57,5 @@ def plan(
         raise ResourceError(
             f"search.concurrent {concurrent} needs {concurrent} CPUs, but {where} has {cores}; lower it"
         )
-    return Plan(num_cpus=max(int(need + 0.999), cores) + SPARE_CPUS, concurrent_trials=concurrent or max(1, cores))
+    at_once = concurrent or max(1, cores)
+    return Plan(max(math.ceil(need - 1e-9), cores) + SPARE_CPUS, min(at_once, gpus) if use_gpu else at_once)

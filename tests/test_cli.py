@@ -1,0 +1,215 @@
+"""The command line, in this process: what a user can mend is one message and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from raydeep import __version__, cli
+from raydeep.config import Job
+
+COMMANDS = ("train", "compress", "search", "shard", "export", "report", "predict", "schema")
+
+
+class Said(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Raydeep = Callable[..., Said]
+
+
+@pytest.fixture
+def raydeep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Raydeep:
+    """Runs a command in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # main puts the current folder there
+    monkeypatch.setitem(sys.modules, "ray", None)  # nothing here may come as far as starting it
+
+    def run(*arguments: str | Path) -> Said:
+        monkeypatch.setattr(sys, "argv", ["raydeep", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        return Said(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def train(raydeep, tmp_path, job, digits_manifest) -> Raydeep:
+    """`raydeep train` of a tiny job whose digits are sharded already, with `--set` values."""
+    tree = job.model_dump(mode="json")
+    tree["data"]["path"] = str(digits_manifest.path)
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
+
+    def run(*sets: str) -> Said:
+        return raydeep("train", "job.yaml", *(part for value in sets for part in ("--set", value)))
+
+    return run
+
+
+def refusal(said: Said) -> str:
+    """The message of a command that was refused in good order."""
+    assert said.code == 2
+    assert said.err.startswith("error: ")
+    assert said.err.count("error:") == 1
+    assert "Traceback" not in said.out + said.err
+    return said.err.removeprefix("error: ").rstrip("\n")
+
+
+def runs(folder: Path) -> list[str]:
+    """Run folders in the storage of the tiny job."""
+    return [path.name for path in (folder / "runs").glob("*") if path.name != "datasets"]
+
+
+@pytest.mark.parametrize(
+    ("sets", "parts"),
+    [
+        (["train.epoch=3"], ["job.yaml: train.epoch is not a key of a job; did you mean train.epochs?"]),
+        (["quantize.weight_bits=33"], ["quantize.weight_bits: found 33, expected a whole number of bits from 2 to 8"]),
+        (["prune.sparsity=1.0"], ["prune.sparsity: found 1.0, expected less than 1"]),
+        (["train.batch_size=4096"], ["train.batch_size 4096 is larger than the train split of 1,439 rows; lower it"]),
+        (["recover.batch_size=4096"], ["recover.batch_size 4096 is larger than the train split of 1,439 rows"]),
+        (["data.limit_per_class=3"], ["train.batch_size 64 is larger than the train split of 30 rows"]),
+        (["data.image_size=512", "data.memory_bytes=1048576"], ["more than data.memory_bytes 1,048,576; raise it"]),
+        (["data.path=gone", "data.source=folder"], ["data.path: gone is not a folder", "--set data.path=FOLDER"]),
+        (["model.name=resnet21"], ["model.name 'resnet21' is unknown; did you mean", "resnet20"]),
+        (["model.name=own:net"], ["model.name own:net: can't import own"]),
+        (["model.args={height: 3}"], ["model.name seed: its factory failed", "check model.args"]),
+        (["model.name=lenet5", "model.args={}"], ["model.name lenet5 needs pictures of 16×16 or more, found 8×8"]),
+        (["storage=job.yaml"], ["storage: can't make", "set storage=FOLDER"]),
+        (["storage=job.yaml", "data.path=null"], ["storage: can't make", "set storage=FOLDER"]),
+    ],
+    ids=lambda value: " ".join(value) if value and "=" in value[0] else "",
+)
+def test_a_job_that_cannot_run_is_refused_before_a_run_folder_is_made(train, tmp_path, sets, parts):
+    message = refusal(train(*sets))
+    for part in parts:
+        assert part in message
+    assert runs(tmp_path) == []
+
+
+def test_more_workers_than_cores_are_refused_before_a_run_folder_is_made(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("raydeep.train.launch.usable_cores", lambda: 2)
+    message = refusal(train("scaling.workers=4"))
+    assert message.startswith("scaling.workers 4 × cpus_per_worker 1 = 4 CPUs, but this machine has 2")
+    assert message.endswith("(workers: at most 2)")
+    assert runs(tmp_path) == []
+
+
+def test_a_folder_with_a_torn_picture_is_refused_by_its_name(train, tmp_path, write_pictures):
+    photos = write_pictures(tmp_path / "photos", {"cat": 10, "dog": 10})
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    torn = photos / "cat" / "torn.jpg"
+    Image.fromarray(pixels).save(torn)
+    torn.write_bytes(torn.read_bytes()[:2000])
+    message = refusal(train("data.source=folder", "data.path=photos"))
+    assert message.startswith("1 of 21 pictures can't be read (4.8%, allowed 1.0%): cat/torn.jpg: can't be decoded")
+    listed = Path(message.split("All are listed in ")[1].split(";")[0])
+    assert json.loads(listed.read_text())["origin"] == "cat/torn.jpg"
+    assert runs(tmp_path) == []
+
+
+def test_a_job_file_that_is_missing_is_named(raydeep):
+    assert refusal(raydeep("search", "gone.yaml")) == "gone.yaml: no such job file"
+
+
+@pytest.mark.parametrize("command", ["train", "compress", "search"])
+def test_a_stage_needs_a_job_or_a_run(raydeep, tmp_path, command):
+    wanted = f"raydeep {command} needs a job file or --resume RUN, and not both"
+    assert refusal(raydeep(command)) == wanted
+    assert refusal(raydeep(command, "job.yaml", "--resume", tmp_path)) == wanted
+
+
+def test_a_resumed_run_keeps_its_job(raydeep, tmp_path):
+    message = refusal(raydeep("train", "--resume", tmp_path, "--set", "train.epochs=3"))
+    assert message == "--resume goes on with the run's own job: --set and --from can't change it"
+
+
+@pytest.mark.parametrize("arguments", [["train", "--resume"], ["export", "--trial", "0"], ["report"]])
+def test_a_folder_that_is_no_run_is_named(raydeep, tmp_path, arguments):
+    message = refusal(raydeep(*arguments, tmp_path))
+    assert message.startswith(str(tmp_path))
+    assert "not a run folder" in message
+
+
+def test_predict_needs_a_model_folder(raydeep, tmp_path):
+    message = refusal(raydeep("predict", tmp_path, "picture.png"))
+    assert message == f"{tmp_path}: not a model folder (no model.onnx and spec.json); see RUN/models/"
+
+
+def test_a_user_who_stops_a_command_is_told_how_to_go_on(train, monkeypatch):
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("raydeep.api.prepare", stop)
+    said = train()
+    assert said.code == 130
+    assert "stopped; go on with --resume" in said.err
+
+
+def test_shard_writes_a_dataset_once(raydeep, tmp_path):
+    first = raydeep("shard", "digits", "out", "--set", "data.val_fraction=0.2")
+    assert first.code == 0
+    assert "1,259 train, 359 val, 179 test, 10 classes, 0 in quarantine" in first.out
+    facts = (tmp_path / "out" / "dataset.json").read_bytes()
+    assert refusal(raydeep("shard", "digits", "out")) == "out: exists and is not empty; name a new folder or remove it"
+    assert (tmp_path / "out" / "dataset.json").read_bytes() == facts
+
+
+def test_shard_takes_a_folder_of_class_folders(raydeep, tmp_path, write_pictures):
+    write_pictures(tmp_path / "photos", {"cat": 10, "dog": 10})
+    said = raydeep("shard", "photos", "out")
+    assert (said.code, said.err) == (0, "")
+    assert "16 train, 2 val, 2 test, 2 classes" in said.out
+
+
+def test_shard_into_a_place_that_cannot_be_is_refused(raydeep, tmp_path):
+    (tmp_path / "file").touch()
+    assert "file" in refusal(raydeep("shard", "digits", "file/out"))
+
+
+def test_shard_of_something_that_is_not_there_is_refused(raydeep, tmp_path):
+    assert refusal(raydeep("shard", "gone", "out")).startswith("data.path: gone is not a folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_schema_prints_the_schema_of_a_job(raydeep):
+    said = raydeep("schema")
+    assert said.code == 0
+    assert json.loads(said.out) == Job.model_json_schema()
+
+
+def test_version(raydeep):
+    assert raydeep("--version") == Said(0, f"raydeep {__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["search", "--help"]])
+def test_help_is_quick_because_it_imports_neither_torch_nor_ray(arguments):
+    code = (
+        "import sys\nfrom raydeep.cli import main\n"
+        f"sys.argv = {['raydeep', *arguments]!r}\n"
+        "try:\n    main()\nexcept SystemExit as end:\n"
+        "    print(end.code, sorted({'torch', 'ray', 'kornia', 'numpy'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stderr == "0 []\n"
+    assert "Usage:" in said.stdout
+    if arguments == ["--help"]:
+        assert all(f"\n  {command} " in said.stdout for command in COMMANDS)
