@@ -143,7 +143,7 @@ def thaw(spec: dict[str, Any], tensors: Tensors) -> nn.Module:
             scale = tensors.get(key.removesuffix(".q") + ".scale")
             if scale is None or len(scale) != len(value):
                 raise ModelError(
-                    f"tensor {key}: no scale for each of its {len(value)} channels; export the model again"
+                    f"tensors do not fit {spec['model']['name']}: {key} has no scale for each of its channels"
                 )
             state[key.removesuffix(".q")] = value.float() * scale.view(-1, *[1] * (value.dim() - 1))
         elif not key.endswith(".weight.scale"):
