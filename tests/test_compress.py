@@ -168,9 +168,9 @@ def test_what_is_never_negative_is_quantized_unsigned():
 
 
 def test_one_negative_value_makes_a_layer_signed():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(70_000, 2)).eval()
-    images = torch.ones(1, 1, 100, 700)
-    images[0, 0, 33, 333] = -1.0
+    model = nn.Sequential(nn.Flatten(), nn.Linear(200_000, 2)).eval()
+    images = torch.ones(1, 1, 200, 1000)  # more than the sample that steps are searched on
+    images[0, 0, 33, 334] = -1.0
     quantize.prepare(model, Quantize(weight_bits=8, activation_bits=8), [images])
     assert bool(model[1].input_quant.signed)
 
@@ -391,6 +391,20 @@ def test_without_recovery_the_network_is_cut_and_scored(job, dense, digits):
     kept = dense.tensors["0.weight"][tensors["0.weight"] != 0]
     assert torch.equal(tensors["0.weight"][tensors["0.weight"] != 0], kept)
     assert result.cost.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_statistics_of_batchnorm_are_those_of_the_train_split_in_the_end(job, digits):
+    spec = artifact.make_spec("resnet8", {"width": 4}, digits.classes, digits.shape, digits.mean, digits.std)
+    torch.manual_seed(0)
+    model = artifact.build(spec).eval()
+    stale = plan.Dense(*artifact.freeze(model, spec, fold=False))
+    result = plan.compress(job.with_values({"recover.epochs": 0}), stale, digits, seed=5)
+    before = plan.predictions(model, digits, digits.test, 512)
+    calibration = plan.calibration_batches(digits, job.quantize.calibration_rows, seed=5)
+    quantize.reestimate_batchnorm(model, calibration)
+    expected = plan.predictions(model, digits, digits.test, 512)
+    assert np.mean(result.test_predictions == expected) > 0.98
+    assert np.mean(before == expected) < 0.9
 
 
 @pytest.mark.parametrize("rows", [1, 255, 257, 520])

@@ -70,6 +70,7 @@ def packed() -> bytes:
 @given(specs, tables)
 @example({}, {})
 @example({}, {"one": np.float32(-0.0), "empty": np.zeros((3, 0), np.float32), "0": np.zeros(99, np.float32)})
+@example({}, {"a negative zero": np.array([-0.0, *[0.0] * 99], np.float32)})
 @example({}, {"scalar": np.int8(-128), "empty": np.zeros((0, 2), np.int8), "5": np.full(7, 5, np.int8)})
 @example({"mean": [0.1]}, {"scalar": np.int64(3)})
 @example({}, {"a": np.array([np.nan, 0, 0, -0.0], np.float32), "b": np.arange(-128, 128).astype(np.int8)})

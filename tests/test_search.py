@@ -258,8 +258,10 @@ def test_a_row_of_the_ledger_holds_configuration_seed_and_result(open_proposer):
 
 
 def test_the_same_seed_proposes_the_same_and_another_seed_otherwise(open_proposer):
-    searches = {"a": 0, "b": 0, "c": 1}.items()
-    first, same, other = (drive(open_proposer(searching(trials=12, seed=seed), name)) for name, seed in searches)
+    def search(name: str, seed: int) -> list[Row]:
+        return drive(open_proposer(searching(trials=12, seed=seed), name))
+
+    first, same, other = search("a", 0), search("b", 0), search("c", 1)
     assert first == same
     assert [p["values"] for p in first] != [p["values"] for p in other]
 
