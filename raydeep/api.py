@@ -117,7 +117,7 @@ def train_dense(session: Session) -> Dense:
         def line(row: dict[str, Any]) -> None:
             stage.update(
                 row["epoch"], row["epochs"],
-                f"epoch {row['epoch']}/{row['epochs']}, loss {row['train_loss']:.3f}, val {row['val_accuracy']:.2%}",
+                f"epochs, loss {row['train_loss']:.3f}, val {row['val_accuracy']:.2%}",
             )  # fmt: skip
 
         launch.train(job, run, session.shared, session.spec, line)

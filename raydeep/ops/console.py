@@ -28,7 +28,7 @@ class Stage:
                 SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(bar_width=24),
                 TextColumn("{task.fields[text]}"), TimeElapsedColumn(), console=self.console, transient=True,
             )  # fmt: skip
-            self.task = self.live.add_task(self.name, total=None, text="")
+            self.task = self.live.add_task(self.name, total=None, text="starting")
             self.live.start()
         return self
 
@@ -36,7 +36,7 @@ class Stage:
         """Move on."""
         self.text = text
         if self.live is not None:
-            self.live.update(self.task, completed=done, total=total, text=text)
+            self.live.update(self.task, completed=done, total=total, text=f"{done}/{total} {text}")
         elif time.monotonic() - self.last > PLAIN_EVERY_S:
             self.last = time.monotonic()
             self.console.print(f"  {self.name}: {done}/{total} {text}", highlight=False)
