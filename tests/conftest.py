@@ -23,6 +23,14 @@ settings.load_profile("raydeep")
 WritePictures = Callable[..., Path]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small networks run faster so, and the same everywhere."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def digits_manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """The digits as shards, with the default data section. Read only: all tests share them."""

@@ -6,7 +6,6 @@ import json
 import pickle
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +59,6 @@ def odd(num_classes, in_channels, image_size):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small networks run faster so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of an importable module with networks of one's own."""
@@ -107,9 +97,6 @@ def compressed(name: str, **args: Any) -> tuple[nn.Module, Spec]:
     model, spec = make(name, **args)
     prune.prepare(model, Prune(sparsity=0.6, schedule="one_shot"), recovers=False)
     quantize.prepare(model, Quantize(weight_bits=4, activation_bits=4, edge_bits=5), [inputs()])
-    for _, layer in layers.compressible(model):
-        # else the steps differ in their last bit from the frozen ones
-        layers.part(layer, layers.WeightQuant).grad_scale = 1.0
     return model.eval(), spec
 
 

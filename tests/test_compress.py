@@ -29,15 +29,6 @@ def zeros(masks: dict[str, torch.Tensor]) -> int:
     return sum(int((~mask).sum()) for mask in masks.values())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small networks run faster so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # pruning
 
 

@@ -70,15 +70,6 @@ class Exported(NamedTuple):
     onnx: bytes
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small networks run faster so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def compressed(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], bytes]]:
     """Packed bytes of a name of MODELS: trained two epochs, compressed, recovered one epoch."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,6 @@ from raydeep.train.optim import lr_factor, make_optimizer
 ROWS, BATCH = 320, 64  # five steps an epoch
 CFG = Train(epochs=2, batch_size=BATCH, lr=0.05, precision="float32")
 CROSS_ENTROPY = losses.cross_entropy()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """One order of additions, so that results repeat bit for bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

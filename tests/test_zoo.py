@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,15 +39,6 @@ class Pair(nn.Module):
 def pair(num_classes, in_channels, image_size):
     return Pair()
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small networks run faster so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -179,3 +170,17 @@ def test_an_error_inside_an_own_module_is_not_called_a_missing_factory(write_mod
     write_module("own_broken", "import math\nmath.no_such_thing\ndef tiny(**args): ...\n")
     with pytest.raises(Exception, match="no_such_thing"):
         zoo.build("own_broken:tiny", {}, 7, GREY)
+
+
+def test_a_layer_under_two_names_is_refused_before_it_costs_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shared_nets.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes, in_channels, image_size):\n"
+        "    layer = nn.Linear(16, 16)\n"
+        "    return nn.Sequential(nn.Flatten(), layer, layer, nn.Linear(16, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModelError, match="under two names"):
+        zoo.build("shared_nets:net", {}, 3, (4, 4, 1))

@@ -23,7 +23,7 @@ from raydeep.errors import ModelError
 MAGIC = b"RDZ1"
 VERSION = 1
 MAX_HEADER_BYTES = 64 * 2**20
-MAX_ELEMENTS = 2**31  # of one tensor
+MAX_ELEMENTS = 2**31  # of all tensors together
 
 
 def pack(spec: dict[str, Any], tensors: dict[str, torch.Tensor]) -> bytes:
@@ -58,9 +58,11 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         if header["v"] != VERSION:
             raise ModelError(f"the packed model has version {header['v']}, expected {VERSION}; export it again")
         tensors, at = {}, 8 + length
+        if sum(math.prod(shape) for _, shape, *_ in header["tensors"]) > MAX_ELEMENTS:
+            raise ModelError(f"the packed model is broken: it claims more than {MAX_ELEMENTS:,} weights; export it again")
         for name, shape, codec, size, params in header["tensors"]:
             blob = data[at : at + size]
-            whole = all(isinstance(n, int) and n >= 0 for n in (size, *shape)) and math.prod(shape) <= MAX_ELEMENTS
+            whole = all(isinstance(n, int) and n >= 0 for n in (size, *shape))
             if not whole or len(blob) != size or codec not in DECODE:
                 raise ModelError(f"the packed model's tensor {name} is broken; export it again")
             tensors[name] = torch.from_numpy(DECODE[codec](blob, math.prod(shape), params).reshape(shape))

@@ -65,7 +65,9 @@ class WeightQuant(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Weight on its grid, differentiable in weight and step."""
-        step = _scaled(self._step(weight), self.grad_scale)
+        step = self._step(weight)
+        if self.training and torch.is_grad_enabled():  # elsewhere the very step that is frozen, to the last bit
+            step = _scaled(step, self.grad_scale)
         return _round((weight / step).clamp(-self.qmax, self.qmax)) * step
 
     def integers(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -145,6 +145,12 @@ def build(name: str, args: dict[str, Any], num_classes: int, shape: tuple[int, i
         raise ModelError(f"model.name {name}: its factory failed: {err}; check model.args") from None
     if not isinstance(model, nn.Module):
         raise ModelError(f"model.name {name}: its factory gave {type(model).__name__}, expected a torch.nn.Module")
+    state = model.state_dict(keep_vars=True)
+    if len({id(value) for value in state.values()}) < len(state):
+        raise ModelError(
+            f"model.name {name}: a layer or weight stands in it under two names, which raydeep can't prune "
+            f"or save; call the one layer twice instead"
+        )
     _check_shape(model, name, num_classes, shape)
     return model
 
