@@ -76,6 +76,7 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: 
     artifact.build(spec)
     fresh = run is None
     run = run or Run.create(job, command)
+    stack.enter_context(run.locked())
     with ui.stage("ray") as stage:
         try:
             plan = stack.enter_context(launch.cluster(job, run.path / "ray.log"))
@@ -249,6 +250,11 @@ def _take_dense(session: Session, start: Path) -> None:
 
 def finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> None:
     """Export the front, verify it, write front.json and the report, print the table."""
+    with run.locked():
+        _finish(run, data, trials, ui)
+
+
+def _finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> None:
     from raydeep.deploy import verify
     from raydeep.report.page import write_report
 
@@ -362,7 +368,7 @@ def export(run: Run, trial: int, ui: Ui) -> Path:
     from raydeep.deploy import verify
 
     dataset = Path(read_json(run.path / "provenance.json").get("dataset", {}).get("path", ""))
-    with ui.stage("export") as stage:
+    with run.locked(), ui.stage("export") as stage:
         candidate = export_trial(run, trial)
         data = resident.read_dataset(shards.load_manifest(dataset), run.job.data)
         facts = verify.verify(

@@ -130,6 +130,24 @@ class Run:
             raise RaydeepError(f"{path}: not a run folder (no job.yaml); give the folder that a command printed")
         return cls(path, load_job(path / "job.yaml"))
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes of this machine from working on the run; a killed process frees it.
+
+        Raises:
+            RaydeepError: another process works on it.
+        """
+        import fcntl
+
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RaydeepError(f"{self.path}: another process works on this run; wait for it or stop it") from None
+            except OSError:
+                pass  # a file system without locks: then people take care
+            yield
+
     def model(self, label: str) -> Path:
         """Folder of one model."""
         return self.path / "models" / label

@@ -197,3 +197,15 @@ def test_gpus_are_asked_for_only_if_used():
 
 def test_trials_that_take_a_gpu_each_run_at_most_one_a_gpu():
     assert sizing.plan(16, 1, 1, None, gpus=2, use_gpu=True).concurrent_trials == 2
+
+
+def test_a_run_takes_one_process_at_a_time(job) -> None:
+    made = Run.create(job, "raydeep train")
+    with (
+        made.locked(),
+        pytest.raises(RaydeepError, match="another process works on this run"),
+        Run.open(made.path).locked(),
+    ):
+        pass
+    with made.locked():  # free again
+        assert (made.path / ".lock").exists()

@@ -59,7 +59,9 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             raise ModelError(f"the packed model has version {header['v']}, expected {VERSION}; export it again")
         tensors, at = {}, 8 + length
         if sum(math.prod(shape) for _, shape, *_ in header["tensors"]) > MAX_ELEMENTS:
-            raise ModelError(f"the packed model is broken: it claims more than {MAX_ELEMENTS:,} weights; export it again")
+            raise ModelError(
+                f"the packed model is broken: it claims more than {MAX_ELEMENTS:,} weights; export it again"
+            )
         for name, shape, codec, size, params in header["tensors"]:
             blob = data[at : at + size]
             whole = all(isinstance(n, int) and n >= 0 for n in (size, *shape))
