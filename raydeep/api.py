@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from raydeep.config import Job
 from raydeep.errors import DataError, ModelError, RaydeepError
 from raydeep.ops.console import Ui
-from raydeep.run import Run, read_json, sha256_file, write_json
+from raydeep.run import Run, read_json, read_lines, sha256_file, write_json
 
 if TYPE_CHECKING:
     from raydeep.compress.plan import Dense
@@ -272,7 +272,8 @@ def _finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> No
         )  # fmt: skip
         good = [row for row in chosen if facts[f"t{row['trial']:03d}"]["verified"]]
         bad = [f"t{row['trial']:03d}" for row in chosen if row not in good]
-        stage.text = f"{len(good) + 1} models are in a clean process what they were when scored"
+        sound = len(good) + facts["dense"]["verified"]
+        stage.text = f"{sound} of {len(candidates)} models are in a clean process what they were when scored"
         if not facts["dense"]["verified"]:
             bad.append("dense")
     front: dict[str, Any] = {
@@ -290,6 +291,11 @@ def _finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> No
         ui.say(
             f"left out: {label}: in a clean process {facts[label]['packed_differ']} predictions of the packed file and "
             f"{facts[label]['onnx_differ']} of the ONNX file differ, of {facts[label]['rows']}"
+        )
+    if not facts["dense"]["verified"]:
+        raise RaydeepError(
+            f"{run.model('dense')}: the network does not predict the same in a clean process; does it draw random "
+            f"numbers in eval mode?"
         )
     if front["models"]:
         ui.say(verdict(front))
@@ -325,6 +331,9 @@ def export_trial(run: Run, trial: int) -> Candidate:
     file = run.path / "trials" / label / "model.rdz"
     if not file.is_file():
         raise RaydeepError(f"{run.path}: no finished trial {trial} (no {file.relative_to(run.path)})")
+    rows = [row for row in read_lines(run.path / "ledger.jsonl") if row.get("trial") == trial]
+    if rows and rows[-1].get("artifact_sha256") != sha256_file(file):
+        raise RaydeepError(f"{file}: not the file that trial {trial} wrote (its sha256 differs from the ledger's)")
     export.write_model(run.model(label), file.read_bytes())
     return _candidate(run, label)
 
@@ -370,7 +379,7 @@ def export(run: Run, trial: int, ui: Ui) -> Path:
     dataset = Path(read_json(run.path / "provenance.json").get("dataset", {}).get("path", ""))
     with run.locked(), ui.stage("export") as stage:
         candidate = export_trial(run, trial)
-        data = resident.read_dataset(shards.load_manifest(dataset), run.job.data)
+        data = resident.read_dataset(shards.load_manifest(dataset, check_hashes=True), run.job.data)
         facts = verify.verify(
             [candidate], run.model("dense"), data, rounds=run.job.export.latency_rounds,
             batch_size=run.job.export.batch_size,

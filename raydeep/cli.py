@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -64,9 +65,9 @@ def _run_stage(stage: str, job: Path | None, sets: list[str] | None, resume: Pat
             api.compress(resolved, command, ui, start=start, resume=run)
         else:
             api.search(resolved, command, ui, start=start, resume=run)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         typer.echo(f"stopped; go on with --resume: raydeep {stage} --resume RUN, the run folder above", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(143 if stop.args else 130) from None
 
 
 @app.command()
@@ -163,13 +164,23 @@ def schema() -> None:
     typer.echo(json.dumps(Job.model_json_schema(), indent=2))
 
 
+def _terminated(number: int, frame: object) -> None:
+    raise KeyboardInterrupt("SIGTERM")  # so that what is half done is cleaned up, as on Ctrl-C
+
+
 def main() -> None:
     """Entry point: what a user can mend is one line and exit code 2."""
+    signal.signal(signal.SIGTERM, _terminated)
     sys.path.insert(0, os.getcwd())  # a user's own model, package.module:factory, stands where they run
     try:
         app()
     except RaydeepError as err:
         typer.echo(f"error: {err}", err=True)
+        sys.exit(2)
+    except OSError as err:  # a full disk, a folder that can't be read or written
+        if err.filename is None and err.errno is None:
+            raise
+        typer.echo(f"error: {err.filename or 'file system'}: {err.strerror or err}", err=True)
         sys.exit(2)
 
 

@@ -73,7 +73,7 @@ class Data(Section):
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="Share of all rows for test, stratified, if the source has no test split"
     )
-    split_seed: Annotated[int, Field(ge=0)] = Field(
+    split_seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         0, description="Seed of those splits; apart from `seed`, so that runs share a test set"
     )
     limit_per_class: MaybeCount = Field(None, description="Train on at most N pictures a class (few data)")

@@ -20,7 +20,7 @@ import yaml
 
 from raydeep import __version__
 from raydeep.config import Job, load_job
-from raydeep.errors import RaydeepError
+from raydeep.errors import ModelError, RaydeepError
 
 PACKAGES = ("ray", "torch", "torchvision", "kornia", "pyarrow", "numpy", "optuna", "onnx", "onnxruntime")
 
@@ -94,6 +94,28 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def write_sums(folder: Path) -> None:
+    """Write `SHA256SUMS` over all other files of the folder."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != "SHA256SUMS" and p.name[0] != ".")
+    write_bytes(folder / "SHA256SUMS", "".join(f"{sha256_file(p)}  {p.name}\n" for p in files).encode())
+
+
+def check_sums(folder: Path) -> None:
+    """Check `SHA256SUMS`.
+
+    Raises:
+        ModelError: a file is missing or changed.
+    """
+    sums = folder / "SHA256SUMS"
+    if not sums.is_file():
+        raise ModelError(f"{folder}: no SHA256SUMS; not a whole model folder, export it again")
+    for line in sums.read_text().splitlines():
+        digest, _, name = line.partition("  ")
+        file = folder / Path(name).name
+        if not file.is_file() or sha256_file(file) != digest:
+            raise ModelError(f"{file}: missing or changed since it was written; export the model again")
 
 
 class Run:

@@ -90,10 +90,15 @@ def load_manifest(path: Path, check_hashes: bool = False) -> Manifest:
     if not file.is_file():
         raise DataError(f"{path}: no dataset.json; make a dataset with: raydeep shard SOURCE {path}")
     raw = read_json(file)
+    if not isinstance(raw, dict):
+        raise DataError(f"{file}: expected a JSON object; shard the source again")
     if raw.get("schema") != SCHEMA_VERSION:
         raise DataError(f"{file}: schema {raw.get('schema')}, expected {SCHEMA_VERSION}; shard the source again")
-    fields = {name: raw[name] for name in Manifest._fields if name != "path"}
-    manifest = Manifest(path=path, **{**fields, "size_range": tuple(fields["size_range"])})
+    try:
+        fields = {name: raw[name] for name in Manifest._fields if name != "path"}
+        manifest = Manifest(path=path, **{**fields, "size_range": tuple(fields["size_range"])})
+    except (KeyError, TypeError) as err:
+        raise DataError(f"{file}: lacks {err}; shard the source again") from None
     for split in manifest.splits.values():
         for shard in split["shards"]:
             found = path / shard["name"]
@@ -126,7 +131,7 @@ def prepare(cfg: Data, storage: Path, progress: Progress | None = None) -> Manif
     out = dataset_folder(cfg, storage)
     if not (out / "dataset.json").is_file():
         write_dataset(cfg, out, progress)
-    return load_manifest(out)
+    return load_manifest(out, check_hashes=True)
 
 
 def write_dataset(cfg: Data, out: Path, progress: Progress | None = None) -> Manifest:
@@ -141,12 +146,11 @@ def write_dataset(cfg: Data, out: Path, progress: Progress | None = None) -> Man
     if not source.rows:
         raise DataError(f"{cfg.source} {cfg.path or ''}: no pictures found")
     splits = _assign(source, cfg)
+    aside = out.with_name(f".{out.name}.{os.getpid()}.{secrets.token_hex(3)}.part")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir(parents=True)
     except OSError as err:
         raise DataError(f"{out.parent}: can't be made: {err.strerror}; name another folder") from None
-    aside = out.with_name(f".{out.name}.{os.getpid()}.{secrets.token_hex(3)}.part")
-    aside.mkdir()
     quarantine = out.with_name(f"{out.name}.quarantine.jsonl")
     quarantine.unlink(missing_ok=True)
     try:
@@ -165,10 +169,14 @@ def write_dataset(cfg: Data, out: Path, progress: Progress | None = None) -> Man
         for split, facts in writer.splits.items():
             if not facts["rows"]:
                 raise DataError(f"the {split} split is empty: every picture of it is in quarantine")
+        counts = writer.splits["train"]["class_counts"]
+        if 0 in counts:
+            name = source.classes[counts.index(0)]
+            raise DataError(f"class {name!r} has no picture to train on; give some, or remove the class")
         write_json(aside / "dataset.json", writer.manifest())
-        if out.exists():
-            out.rmdir()
         try:
+            if out.exists():
+                out.rmdir()
             os.rename(aside, out)
         except OSError:
             if not (out / "dataset.json").is_file():  # otherwise another run made the same dataset first
@@ -236,6 +244,8 @@ class _Writer:
             if self.done % 256 == 0 or self.done == self.total:
                 self.progress(self.done, self.total)
             try:
+                if isinstance(image, DataError):
+                    raise image
                 data = decode.encode_png(image) if isinstance(image, np.ndarray) else image
                 self._see(decode.open_picture(data), split)
             except DataError as err:

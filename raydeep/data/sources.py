@@ -1,12 +1,13 @@
 """Where pictures come from. A source is an index first (cheap), bytes later (streamed).
 
 Contract of SOURCES: `(cfg: Data) -> Source`. `rows` lists every picture in a fixed order; `read(rows)` yields
-for each of them the encoded bytes (or uint8 pixels), in the order given.
+for each of them the encoded bytes, uint8 pixels, or why it can't be read, in the order given.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from raydeep.errors import DataError
 if TYPE_CHECKING:
     from raydeep.config import Data
 
+MAX_CLASSES = 100_000
 SPLITS = ("train", "val", "test")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -38,7 +40,7 @@ class Source:
 
     classes: list[str]
     rows: list[Row]
-    read: Callable[[Iterable[Row]], Iterator[bytes | np.ndarray]]
+    read: Callable[[Iterable[Row]], Iterator[bytes | np.ndarray | DataError]]
 
 
 def _root(cfg: Data) -> Path:
@@ -88,12 +90,29 @@ def folder(cfg: Data) -> Source:
     home = root.resolve()
     for split, base in splits.items():
         for label, name in enumerate(classes):
-            for path in sorted((base / name).rglob("*")) if (base / name).is_dir() else []:
+            for path in _files(base / name):
                 if path.suffix.lower() in SUFFIXES and path.is_file():
                     if not path.resolve().is_relative_to(home):
                         raise DataError(f"{path}: a link that leaves {root}; copy the picture there")
                     rows.append(Row(str(path.relative_to(root)), label, split, path))
-    return Source(classes, rows, lambda wanted: (row.key.read_bytes() for row in wanted))
+    return Source(classes, rows, lambda wanted: (_bytes(row.key) for row in wanted))
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder, sorted; none if there is no such folder."""
+
+    def refuse(err: OSError) -> None:
+        raise DataError(f"{err.filename}: can't be listed: {err.strerror}; mend its permissions")
+
+    found = os.walk(folder, onerror=refuse) if folder.is_dir() else []
+    return sorted(Path(home) / name for home, _, names in found for name in names)
+
+
+def _bytes(path: Path) -> bytes | DataError:
+    try:
+        return path.read_bytes()
+    except OSError as err:
+        return DataError(f"can't be read: {err.strerror}")
 
 
 def parquet(cfg: Data) -> Source:
@@ -176,6 +195,8 @@ def _classes(file: Path, found: list[tuple[Path, str | None, list[Any]]]) -> tup
         names = sorted(values)
         return names, {name: i for i, name in enumerate(names)}
     count = max(values) + 1
+    if count > MAX_CLASSES:
+        raise DataError(f"{file.parent}: label {max(values)}: more than {MAX_CLASSES:,} classes; is it an id column?")
     names = [str(i) for i in range(count)]
     if file.exists():
         try:

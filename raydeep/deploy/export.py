@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import io
 import logging
 import os
@@ -157,15 +158,16 @@ Made by raydeep. Input: uint8 pictures of shape [N, {height}, {width}, {channels
 
 ```python
 import json, numpy, onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 spec = json.load(open("spec.json"))
 height, width, channels = spec["input"]
-picture = Image.open("picture.png").convert("L" if channels == 1 else "RGB").resize((width, height))
+picture = Image.open("picture.png").convert("L" if channels == 1 else "RGB")
+picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
 pixels = numpy.asarray(picture, "uint8").reshape(1, height, width, channels)
 logits = onnxruntime.InferenceSession("model.onnx").run(None, {{"images": pixels}})[0]
 print(spec["classes"][logits.argmax()])
 ```
 
-Classes: {", ".join(spec["classes"])}
+Classes: {", ".join(html.escape(" ".join(name.split())) for name in spec["classes"])}
 """

@@ -12,7 +12,7 @@ from raydeep.data import decode
 from raydeep.data.sources import SUFFIXES
 from raydeep.deploy.verify import open_onnx
 from raydeep.errors import DataError, ModelError
-from raydeep.run import read_json
+from raydeep.run import check_sums, read_json
 
 
 class Prediction(NamedTuple):
@@ -55,6 +55,7 @@ def predict(folder: Path, paths: list[Path]) -> Iterator[Prediction]:
     """
     if not (folder / "model.onnx").is_file() or not (folder / "spec.json").is_file():
         raise ModelError(f"{folder}: not a model folder (no model.onnx and spec.json); see RUN/models/")
+    check_sums(folder)
     spec: dict[str, Any] = read_json(folder / "spec.json")
     height, width, channels = spec["input"]
     run = open_onnx(folder / "model.onnx")

@@ -20,7 +20,9 @@ from torch import nn
 
 from raydeep.errors import ModelError
 from raydeep.model import layers, zoo
-from raydeep.run import read_json, sha256_file, write_bytes, write_json
+from raydeep.run import check_sums, read_json, write_bytes, write_json, write_sums
+
+__all__ = ["build", "check_sums", "freeze", "load_model", "make_spec", "predict", "save_model", "thaw", "write_sums"]
 
 SPEC_VERSION = 1
 Tensors = dict[str, torch.Tensor]
@@ -235,28 +237,6 @@ def save_model(folder: Path, spec: dict[str, Any], tensors: Tensors) -> None:
     """Write `spec.json` and `model.safetensors`."""
     write_bytes(folder / "model.safetensors", save_tensors(tensors))
     write_json(folder / "spec.json", spec)
-
-
-def write_sums(folder: Path) -> None:
-    """Write `SHA256SUMS` over all other files of the folder."""
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != "SHA256SUMS" and p.name[0] != ".")
-    write_bytes(folder / "SHA256SUMS", "".join(f"{sha256_file(p)}  {p.name}\n" for p in files).encode())
-
-
-def check_sums(folder: Path) -> None:
-    """Check `SHA256SUMS`.
-
-    Raises:
-        ModelError: a file is missing or changed.
-    """
-    sums = folder / "SHA256SUMS"
-    if not sums.is_file():
-        raise ModelError(f"{folder}: no SHA256SUMS; not a whole model folder, export it again")
-    for line in sums.read_text().splitlines():
-        digest, _, name = line.partition("  ")
-        file = folder / Path(name).name
-        if not file.is_file() or sha256_file(file) != digest:
-            raise ModelError(f"{file}: missing or changed since it was written; export the model again")
 
 
 def load_model(folder: Path) -> tuple[dict[str, Any], Tensors]:

@@ -108,7 +108,9 @@ def best_step(values: torch.Tensor, low: int, high: int) -> torch.Tensor:
         float32 of shape [R].
     """
     top = torch.maximum(values.amax(1) / max(high, 1), values.amin(1) / min(low, -1) if low else values.amax(1) / high)
-    top = top.clamp_min(1e-8)
+    top = torch.where(
+        top > 0, top.clamp_min(1e-8), 1 / max(high, 1)
+    )  # nothing but zeros says nothing: a step of 1/high
     best = top.clone()
     least = torch.full_like(top, float("inf"))
     for i in range(1, GRID + 1):

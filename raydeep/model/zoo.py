@@ -141,8 +141,12 @@ def build(name: str, args: dict[str, Any], num_classes: int, shape: tuple[int, i
         factory = _torchvision(name)
     try:
         model = factory(num_classes=num_classes, in_channels=channels, image_size=(height, width), **args)
-    except (TypeError, ValueError) as err:
-        raise ModelError(f"model.name {name}: its factory failed: {err}; check model.args") from None
+    except ModelError:
+        raise
+    except Exception as err:  # a user's own code may raise anything
+        raise ModelError(
+            f"model.name {name}: its factory failed: {err or type(err).__name__}; check model.args"
+        ) from err
     if not isinstance(model, nn.Module):
         raise ModelError(f"model.name {name}: its factory gave {type(model).__name__}, expected a torch.nn.Module")
     state = model.state_dict(keep_vars=True)
@@ -162,8 +166,8 @@ def _check_shape(model: nn.Module, name: str, num_classes: int, shape: tuple[int
     try:
         with torch.no_grad():
             logits = model(torch.zeros(2, channels, height, width))
-    except (RuntimeError, ValueError) as err:
-        reason = str(err).splitlines()[0]
+    except Exception as err:  # a user's own code may raise anything
+        reason = (str(err) or type(err).__name__).splitlines()[0]
         raise ModelError(f"model.name {name} can't take pictures of {height}×{width}×{channels}: {reason}") from None
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -59,6 +60,7 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
     import ray
 
     restore = _quiet(log)
+    on_term = signal.getsignal(signal.SIGTERM)
     try:
         if address:
             _join(address)
@@ -76,6 +78,8 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
         import ray.train  # both set up loggers of their own when imported
 
         _quiet_loggers(log)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_term)  # ray.init has put its own in place, which aborts
         yield plan
     finally:
         ray.shutdown()
@@ -169,6 +173,8 @@ def train(job: Job, run: Run, data: Any, spec: dict[str, Any], on_line: OnLine |
     with follow(run.path / "metrics.jsonl", on_line):
         try:
             trainer.fit()
+        except SystemExit:  # Ray Train's own answer to Ctrl-C
+            raise KeyboardInterrupt from None
         except Exception as err:
             raise _cause(err) from err
     if error.exists():
