@@ -65,9 +65,9 @@ def _run_stage(stage: str, job: Path | None, sets: list[str] | None, resume: Pat
             api.compress(resolved, command, ui, start=start, resume=run)
         else:
             api.search(resolved, command, ui, start=start, resume=run)
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt:
         typer.echo(f"stopped; go on with --resume: raydeep {stage} --resume RUN, the run folder above", err=True)
-        raise typer.Exit(143 if stop.args else 130) from None
+        raise typer.Exit(_STOPPED[-1]) from None
 
 
 @app.command()
@@ -164,8 +164,12 @@ def schema() -> None:
     typer.echo(json.dumps(Job.model_json_schema(), indent=2))
 
 
+_STOPPED = [130]  # exit code of a command that a signal stopped: Ctrl-C, unless SIGTERM came
+
+
 def _terminated(number: int, frame: object) -> None:
-    raise KeyboardInterrupt("SIGTERM")  # so that what is half done is cleaned up, as on Ctrl-C
+    _STOPPED.append(143)
+    raise KeyboardInterrupt  # so that what is half done is cleaned up, as on Ctrl-C
 
 
 def main() -> None:
