@@ -36,10 +36,8 @@ def prepare(job: Job, ui: Ui) -> Manifest:
         rows = sum(min(count, limit) for count in counts)
         for key, batch in (("train", job.train.batch_size), ("recover", job.recover.batch_size or 1)):
             if batch > rows:
-                raise DataError(
-                    f"{key}.batch_size {batch} is larger than the train split of {rows:,} rows; lower it to at most "
-                    f"{rows}"
-                )
+                most = f"larger than the train split of {rows:,} rows; lower it to at most {rows}"
+                raise DataError(f"{key}.batch_size {batch} is {most}")
         height, width, channels = manifest.shape(job.data)
         stage.text = (
             f"{rows:,} train, {manifest.rows('val'):,} val, {manifest.rows('test'):,} test pictures of "
@@ -73,7 +71,11 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: 
     spec = artifact.make_spec(
         job.model.name, job.model.args, manifest.classes, manifest.shape(job.data), manifest.mean, manifest.std
     )
-    artifact.build(spec)
+    model = artifact.build(spec)
+    if ":" in job.model.name:  # a network of one's own: better refused now than after it is trained
+        from raydeep.deploy import export
+
+        export.to_onnx(*artifact.freeze(model.eval(), spec, fold=False))
     fresh = run is None
     run = run or Run.create(job, command)
     stack.enter_context(run.locked())
@@ -148,6 +150,8 @@ def train_dense(session: Session) -> Dense:
 
 def train(job: Job, command: str, ui: Ui, resume: Run | None = None) -> Run:
     """Train the dense model of a job; verify and report it."""
+    if resume is not None and (resume.path / "ledger.jsonl").exists():
+        raise RaydeepError(f"{resume.path}: the run of a search; go on with: raydeep search --resume {resume.path}")
     with ExitStack() as stack:
         session = open_session(stack, job, resume, command, ui)
         train_dense(session)
@@ -233,11 +237,9 @@ def _take_dense(session: Session, start: Path) -> None:
         raise ModelError(f"{start}: neither a run with models/dense nor a model folder")
     artifact.check_sums(folder)
     spec, tensors = artifact.load_model(folder)
-    if ":" in spec["model"]["name"] and spec["model"]["name"] != session.job.model.name:
-        raise ModelError(
-            f"{folder}: its network is {spec['model']['name']}; code of your own runs only if the job names it: set "
-            f"model.name={spec['model']['name']}"
-        )
+    wanted = {"name": session.job.model.name, "args": session.job.model.args}
+    if spec["model"] != wanted:
+        raise ModelError(f"{folder}: its network is {spec['model']}, the job's {wanted}; set model.name and model.args")
     if spec["layers"] or spec["folded"]:
         raise ModelError(f"{folder}: compressed already; give a dense model")
     if spec["classes"] != session.spec["classes"] or spec["input"] != session.spec["input"]:
@@ -273,7 +275,7 @@ def _finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> No
         good = [row for row in chosen if facts[f"t{row['trial']:03d}"]["verified"]]
         bad = [f"t{row['trial']:03d}" for row in chosen if row not in good]
         sound = len(good) + facts["dense"]["verified"]
-        stage.text = f"{sound} of {len(candidates)} models are in a clean process what they were when scored"
+        stage.text = f"{sound} of {len(candidates)} predict in a clean process exactly as when scored"
         if not facts["dense"]["verified"]:
             bad.append("dense")
     front: dict[str, Any] = {

@@ -85,6 +85,12 @@ class Data(Section):
     rows: Count = Field(2000, description="synthetic: number of pictures")
     classes: Annotated[int, Field(ge=2)] = Field(4, description="synthetic: number of classes")
 
+    @model_validator(mode="after")
+    def _some_train(self) -> Data:
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("val_fraction and test_fraction leave nothing to train on; their sum must be below 1")
+        return self
+
 
 class Augment(Section):
     """Kornia transforms on the device, parameters drawn per sample from (seed, epoch, step)."""

@@ -157,6 +157,29 @@ def test_export_writes_a_trial_that_is_not_on_the_front(
     assert json.loads((folder / "models" / f"t{other:03d}" / "verify.json").read_text())["verified"] is True
 
 
+def test_a_failed_trial_is_recorded_and_the_search_goes_on(
+    home: Path, killed_and_resumed: tuple[Path, list[dict], str]
+) -> None:
+    storage = home / "failing"
+    code, said = run(
+        home, "search", str(JOBS / "digits.yaml"), "--from", str(killed_and_resumed[0]), "--set", f"storage={storage}",
+        "--set", "search.space={recover.lr: [0.02, 1e12]}", "--set", "search.trials=2", "--set", "recover.epochs=2",
+        "--set", "export.latency_rounds=3",
+    )  # fmt: skip
+    assert code == 0, said
+    assert "1 trials finished, 1 failed" in said
+    rows = [row for row in read_lines(next(storage.glob("digits-*/ledger.jsonl"))) if "trial" in row]
+    failed = [row for row in rows if row["status"] == "failed"]
+    assert [row["config"] for row in failed] == [{"recover.lr": 1e12}]
+    assert "TrainError: the loss is not finite" in failed[0]["error"]
+
+
+def test_a_search_is_not_overwritten_by_train(home: Path, killed_and_resumed: tuple[Path, list[dict], str]) -> None:
+    code, said = run(home, "train", "--resume", str(killed_and_resumed[0]))
+    assert code == 2
+    assert "the run of a search" in said
+
+
 def test_order_and_result_do_not_depend_on_the_number_of_workers(home: Path) -> None:
     epochs = {}
     for workers in (1, 2):

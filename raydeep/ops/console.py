@@ -77,7 +77,19 @@ class Ui:
         self.console.print(table, soft_wrap=False)
 
 
-COLUMNS = ("model", "test acc", "val acc", "bytes", "smaller", "faster", "sparsity", "W bits", "A bits", "distilled")
+COLUMNS = (
+    "model",
+    "test acc",
+    "val acc",
+    "bytes",
+    "onnx",
+    "smaller",
+    "faster",
+    "sparsity",
+    "W bits",
+    "A bits",
+    "distilled",
+)
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -88,7 +100,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
     return [
         row["label"], f"{row['test_accuracy']:.2%}", f"{row['val_accuracy']:.2%}", f"{row['bytes']:,}",
-        f"{row['compression_ratio']:.1f}×",
+        f"{row['onnx_bytes']:,}", f"{row['compression_ratio']:.1f}×",
         f"{row['latency_ratio']:.2f}×", f"{row['sparsity']:.0%}", bits(row["weight_bits"]),
         bits(row["activation_bits"]), "yes" if row["distill"] else "no",
     ]  # fmt: skip
