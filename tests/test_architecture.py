@@ -195,7 +195,7 @@ def test_every_path_of_a_page_exists(page):
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_job_of_a_page_loads(page):
     for text in blocks(page, "yaml"):
-        parse_job(yaml.safe_load(text), name(page))
+        assert parse_job(yaml.safe_load(text), name(page)).model.name
 
 
 # what is installed

@@ -177,7 +177,7 @@ class CompressionTrial(tune.Trainable):
         start, cpu = time.perf_counter(), time.process_time()
         try:
             found = {"status": "done", "error": None, **self._compress()}
-        except Exception:
+        except Exception:  # whatever one trial does, the search goes on; the traceback is in the ledger
             found = {"status": "failed", "error": traceback.format_exc(limit=8)}
         return {
             **found, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu, "done": True,
