@@ -114,8 +114,8 @@ def test_an_unknown_key_names_the_nearest_and_the_valid_ones(write, text, neares
         ("data: {source: folder}", "data.source folder needs data.path (--set data.path=FOLDER)"),
         ("data: {source: parquet}", "data.source parquet needs data.path"),
         (
-            "train: {batch_size: 130, accumulate: 3}\nscaling: {workers: 4}",
-            "train.batch_size 130 is not a multiple of scaling.workers 4 × train.accumulate 3",
+            "train: {batch_size: 11, accumulate: 3}\nscaling: {workers: 4}",
+            "train.batch_size 11 is less than scaling.workers 4 × train.accumulate 3: raise it to 12 or more",
         ),
     ],
 )

@@ -1,0 +1,280 @@
+"""The sections of a job: one frozen class a stage, with every default. `config.py` puts them together.
+
+Defaults live here and nowhere else. A stage receives its own section only.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _none_word(value: Any) -> Any:
+    return None if isinstance(value, str) and value.lower() in ("none", "null", "~", "") else value
+
+
+def _bits(value: Any) -> Any:
+    value = _none_word(value)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= 8):
+        return value
+    raise ValueError("expected a whole number of bits from 2 to 8, or none for float")
+
+
+def _pair(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value):
+        if not 0 < value[0] <= value[1] < float("inf"):
+            raise ValueError("expected [low, high] with 0 < low <= high, both finite")
+        return tuple(float(v) for v in value)
+    raise ValueError("expected two numbers: [low, high]")
+
+
+SOURCES = ("digits", "synthetic", "folder", "images", "parquet", "webdataset")
+TORCHVISION = "torchvision:"
+
+
+def _source(value: Any) -> Any:
+    if isinstance(value, str) and (value in SOURCES or re.fullmatch(rf"{TORCHVISION}[A-Za-z]\w*", value)):
+        return value
+    raise ValueError(f"expected {', '.join(SOURCES)} or {TORCHVISION}NAME (a class of torchvision.datasets)")
+
+
+Bits = Annotated[int | None, BeforeValidator(_bits)]
+Range2 = Annotated[tuple[float, float], BeforeValidator(_pair)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+MaybeCount = Annotated[Count | None, BeforeValidator(_none_word)]
+MaybePositive = Annotated[Positive | None, BeforeValidator(_none_word)]
+MaybeSide = Annotated[Annotated[int, Field(ge=4, le=4096)] | None, BeforeValidator(_none_word)]
+SourceName = Annotated[str, BeforeValidator(_source)]
+MaybeText = Annotated[str | None, BeforeValidator(_none_word)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(Section):
+    """Where the pictures come from and how they are split."""
+
+    source: SourceName = Field(
+        "digits",
+        description="digits (embedded), synthetic, folder (class sub-folders), images (a folder and a table of "
+        "labels), parquet, webdataset (tar files), torchvision:NAME (a dataset of torchvision.datasets)",
+    )
+    path: MaybeText = Field(
+        None, description="Folder of the source, or its address (s3://…, gs://…); not needed for digits and synthetic"
+    )
+    labels: MaybeText = Field(
+        None, description="images: the table (CSV, JSON Lines or Parquet) below path; none: the only one there"
+    )
+    image_column: str = Field(
+        "image", description="parquet: column with the bytes of one picture file; images: column with its path"
+    )
+    label_column: str = Field("label", description="Column (webdataset: JSON key) with the label, integer or string")
+    split_column: str = Field("split", description="images: column that says train, val or test; it may be absent")
+    download: bool = Field(False, description="torchvision: fetch the dataset into path if it is not there")
+    image_size: MaybeSide = Field(
+        None,
+        description="Side in pixels; the shorter side is scaled to it and the centre cropped. "
+        "none: the pictures' own size, which must then be one and the same",
+    )
+    mode: Literal["auto", "grey", "rgb"] = Field("auto", description="auto: grey if every picture is grey")
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="Share of train for validation, stratified, if the source has no val split"
+    )
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="Share of all rows for test, stratified, if the source has no test split"
+    )
+    split_seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        0, description="Seed of those splits; apart from `seed`, so that runs share a test set"
+    )
+    limit_per_class: MaybeCount = Field(None, description="Train on at most N pictures a class (few data)")
+    max_bad_fraction: Probability = Field(0.01, description="Fail if more pictures than this can't be read")
+    max_pixels: Count = Field(64 * 2**20, description="Pictures of more pixels are put in quarantine, not decoded")
+    shard_bytes: Annotated[int, Field(ge=1024)] = Field(128 * 2**20, description="Target size of a shard, bytes")
+    resize: MaybeSide = Field(
+        None, description="Shards hold pictures of this side (scaled and cropped as by image_size); none: as they are"
+    )
+    store: Literal["encoded", "decoded"] = Field(
+        "encoded",
+        description="Shards hold picture files, or decoded pixels (larger, nothing to decode; small pictures)",
+    )
+    cache: Literal["auto", "resident", "stream"] = Field(
+        "auto",
+        description="resident: decoded in memory, one copy a node; stream: read and decoded every epoch; auto: "
+        "resident if that takes no more than memory_bytes",
+    )
+    memory_bytes: Annotated[int, Field(ge=2**20)] = Field(
+        4 * 2**30, description="Most memory that resident pictures may take, bytes"
+    )
+    window_bytes: Annotated[int, Field(ge=2**20)] = Field(
+        256 * 2**20, description="stream: decoded pictures that are shuffled together, bytes over all workers"
+    )
+    rows: Count = Field(2000, description="synthetic: number of pictures")
+    classes: Annotated[int, Field(ge=2)] = Field(4, description="synthetic: number of classes")
+
+    @model_validator(mode="after")
+    def _some_train(self) -> Data:
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("val_fraction and test_fraction leave nothing to train on; their sum must be below 1")
+        return self
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Augment(Section):
+    """Kornia transforms on the device, parameters drawn a sample from (seed, epoch, step).
+
+    Order: geometry (one resample), colour, blur, erasing, then mixup or cutmix.
+    """
+
+    horizontal_flip: Probability = Field(0.0, description="Probability")
+    vertical_flip: Probability = Field(0.0, description="Probability")
+    rotation: Annotated[float, Field(ge=0, le=180)] = Field(0.0, description="Degrees, drawn from ±rotation")
+    scale: Range2 = Field((1.0, 1.0), description="Zoom factor [low, high]")
+    shear: Annotated[float, Field(ge=0, le=60)] = Field(0.0, description="Degrees, drawn from ±shear for x and for y")
+    translate: Share = Field(0.0, description="Shift, drawn from ± this share of the side; not whole pixels")
+    perspective: Share = Field(0.0, description="Corners move inwards by up to half this share of the side")
+    crop: Share = Field(
+        0.0, description="Random crop after padding each side by this share of the picture (0.125 = 4 of 32)"
+    )
+    resized_crop: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Least area share of a random resized crop (aspect 3/4 to 4/3); 1 = off"
+    )
+    brightness: Share = Field(0.0, description="Factor drawn from 1 ± this")
+    contrast: Share = Field(0.0, description="Factor drawn from 1 ± this, about the mean grey of the picture")
+    saturation: Share = Field(0.0, description="Factor drawn from 1 ± this")
+    hue: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        0.0, description="Turn of the chroma plane (YUV), drawn from ± this, in turns"
+    )
+    grayscale: Probability = Field(0.0, description="Probability of losing all colour")
+    blur: Probability = Field(0.0, description="Probability of a Gaussian blur, sigma 0.1 to 2 pixels")
+    erasing: Probability = Field(0.0, description="Probability of erasing a box of 2 to 33% of the area")
+    policy: Annotated[Literal["trivialaugment", "randaugment", "autoaugment"] | None, BeforeValidator(_none_word)] = (
+        Field(
+            None,
+            description="trivialaugment (arXiv 2103.10158), randaugment (1909.13719) or autoaugment (1805.09501, its "
+            "CIFAR-10 policy), drawn a sample",
+        )
+    )
+    policy_ops: Annotated[int, Field(ge=1, le=4)] = Field(2, description="randaugment: operations a picture")
+    policy_magnitude: Annotated[int, Field(ge=0, le=30)] = Field(9, description="randaugment: strength, 0 to 30")
+    mixup: NotNegative = Field(0.0, description="Alpha of mixup (arXiv 1710.09412); 0 = off")
+    cutmix: NotNegative = Field(0.0, description="Alpha of cutmix (arXiv 1905.04899); 0 = off; with mixup: half each")
+    padding: Literal["zeros", "border", "reflection"] = Field("zeros", description="What lies outside a picture")
+
+
+class Model(Section):
+    """The network."""
+
+    name: str = Field(
+        "seed",
+        description="seed, lenet_300_100, lenet5, resnet8, resnet20, resnet56, any torchvision classifier "
+        "(mobilenet_v3_small, …), or your own as package.module:factory",
+    )
+    args: dict[str, Any] = Field(default_factory=dict, description="Extra keyword arguments of the factory")
+
+
+class Train(Section):
+    """Training from scratch. `batch_size` is global: the same for any number of workers."""
+
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
+    batch_size: Count = Field(128, description="Global batch: all workers and accumulation steps together")
+    accumulate: Count = Field(1, description="Micro-batches whose gradients are summed before a step")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd is Nesterov momentum")
+    lr: Positive = Field(0.1, description="Peak learning rate")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NotNegative = 5e-4
+    warmup_epochs: NotNegative = Field(1.0, description="Linear warm-up, in epochs; then cosine to zero")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip_norm: MaybePositive = Field(None, description="Clip the gradient's norm to this; none: off")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 autocast on GPUs that have it, float32 elsewhere"
+    )
+    drop_last: bool = Field(True, description="Leave out an epoch's last batch if it is not full")
+    checkpoint_steps: MaybeCount = Field(
+        None, description="Checkpoint every so many steps too; none: at the end of each epoch only"
+    )
+    eval_batch_size: Count = 512
+    eval_flip: bool = Field(
+        False, description="Validation during training averages the logits of a picture and its mirror image"
+    )
+
+
+class Prune(Section):
+    """Which weights become zero."""
+
+    sparsity: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Share of zeros in prunable weights")
+    schedule: Literal["one_shot", "cubic"] = Field(
+        "cubic", description="one_shot, or cubic over the first half of recovery (arXiv 1710.01878)"
+    )
+
+
+class Quantize(Section):
+    """Bit widths; steps are learned during recovery (LSQ, arXiv 1902.08153)."""
+
+    weight_bits: Bits = Field(None, description="2 to 8, or none for float")
+    activation_bits: Bits = Field(None, description="2 to 8, or none for float; needs weight_bits")
+    edge_bits: Bits = Field(8, description="Least bits of the first and last layer; none: like the others")
+    calibration_rows: Count = Field(512, description="Train rows that set the first steps")
+
+
+class Distill(Section):
+    """Learn from the dense model's logits during recovery (arXiv 1503.02531)."""
+
+    enabled: bool = False
+    weight: Probability = Field(0.7, description="Share of the distillation loss")
+    temperature: Positive = 4.0
+
+
+class Recover(Section):
+    """Training after compression: the same loop, gentler."""
+
+    epochs: Annotated[int, Field(ge=0, le=100_000)] = 4
+    lr: Positive = Field(0.01, description="Peak learning rate of recovery")
+    batch_size: MaybeCount = Field(None, description="none: that of train")
+
+
+DEFAULT_SPACE: dict[str, list[Any]] = {
+    "prune.sparsity": [0.0, 0.5, 0.7, 0.8, 0.9, 0.95],
+    "quantize.weight_bits": [2, 3, 4, 8],
+    "quantize.activation_bits": [None, 4, 8],
+    "distill.enabled": [False, True],
+}
+
+
+class Search(Section):
+    """Ray Tune over any dotted job keys; accuracy (validation) up, bytes of the packed file down."""
+
+    trials: Count = 32
+    space: dict[str, list[Annotated[Any, BeforeValidator(_none_word)]]] = Field(
+        default_factory=lambda: dict(DEFAULT_SPACE),
+        description="Dotted job key: list of choices",
+    )
+    concurrent: MaybeCount = Field(None, description="Trials at once; none: one a core")
+    startup_trials: Count = Field(10, description="Random trials before Optuna's TPE models the objectives")
+    max_failed: Annotated[int, Field(ge=0)] = Field(3, description="Stop the search after more failed trials")
+
+
+class Export(Section):
+    """What is written for each model of the front."""
+
+    max_models: Count = Field(8, description="At most so many models of the front, spread over bytes")
+    latency_rounds: Annotated[int, Field(ge=3)] = Field(15, description="Interleaved rounds of the latency test")
+    batch_size: Count = Field(1, description="Batch of the latency test")
+
+
+class Scaling(Section):
+    """How many workers, and what each gets. Names as in Ray's ScalingConfig."""
+
+    workers: Annotated[int, Field(ge=1, le=4096)] = 1
+    cpus_per_worker: Positive = Field(1.0, description="Logical CPUs a worker reserves")
+    use_gpu: bool = False
+    max_failures: Annotated[int, Field(ge=0)] = Field(2, description="Worker failures to recover from")
