@@ -1,37 +1,76 @@
-"""uint8 NHWC → float NCHW on the device: Kornia transforms with parameters drawn a sample.
+"""uint8 NHWC → float NCHW on the device, augmented: the door to geometry, colour, policies and mix.
 
-The parameters are functions of uniform numbers that the order of samples gives (order.draws), so the result
-does not depend on the number of workers. Shapes: B rows, H, W, C.
+Every parameter is a function of uniform numbers that the order of samples gives (order.draws), a row a sample. So what
+becomes of a sample depends on its picture and its row only, not on the batch or the number of workers.
+
+Shapes: B rows, H, W, C. Columns of the draws: 0 to 13 flips, rotation, scale, resized crop, crop and colour; 14, 15
+shear; 16, 17 translation; 18 to 25 perspective; 26 grayscale; 27, 28 blur; 29 to 33 erasing; 34 to 45 the policy; 46 to
+49 mixup and cutmix.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from raydeep.data import colour, geometry, mix, policies
+
 if TYPE_CHECKING:
+    import numpy as np
+
     from raydeep.config import Augment
 
-DRAWS = 14  # uniform numbers a sample
+DRAWS = 50  # uniform numbers a sample
+CHUNK_VALUES = 2**19  # on a CPU, so many values go through all steps together and stay in its cache
+BLUR_SIZE = 13  # of the kernel: three standard deviations of the widest blur to each side
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:
     """Uint8 NHWC → float32 NCHW in [0, 1]."""
-    return images.permute(0, 3, 1, 2).contiguous().float().div_(255)
+    return _to_float(images).div_(255)
 
 
 def normalise(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
     """Float NCHW in [0, 1] → zero mean, unit variance a channel."""
-    m = torch.tensor(mean, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
-    s = torch.tensor(std, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
-    return (images - m) / s
+    return _scale(images.clone(), mean, std, 1.0)
 
 
 def to_input(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
     """Uint8 NHWC → normalised float32 NCHW, the input of every network."""
-    return normalise(to_unit(images), mean, std)
+    return _scale(_to_float(images), mean, std, 255.0)
+
+
+def _to_float(images: torch.Tensor) -> torch.Tensor:
+    rows, height, width, channels = images.shape
+    out = torch.empty(rows, channels, height, width, device=images.device)
+    return out.copy_(images.permute(0, 3, 1, 2))
+
+
+def _scale(x: torch.Tensor, mean: list[float], std: list[float], top: float) -> torch.Tensor:
+    """Float NCHW in [0, top] → zero mean, unit variance a channel, in place."""
+    factor = torch.tensor([1 / (top * s) for s in std], dtype=x.dtype, device=x.device).view(-1, 1, 1)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=x.dtype, device=x.device)
+    return x.mul_(factor).add_(shift.view(-1, 1, 1))
+
+
+class Drawn(NamedTuple):
+    """The parameters of a batch: each None if nothing in the section needs it, else of B rows."""
+
+    shifts: geometry.Shifts | None
+    theta: torch.Tensor | None  # float32 [B, 3, 3], see geometry.normalised
+    colours: colour.Linear | None
+    picks: policies.Picks | None
+
+    def part(self, rows: slice) -> Drawn:
+        """The same of some samples."""
+
+        def cut(value: Any) -> Any:
+            return None if value is None else type(value)(*(tensor[rows] for tensor in value))
+
+        theta = None if self.theta is None else self.theta[rows]
+        return Drawn(cut(self.shifts), theta, cut(self.colours), cut(self.picks))
 
 
 class Augmenter:
@@ -39,90 +78,118 @@ class Augmenter:
 
     def __init__(self, cfg: Augment, mean: list[float], std: list[float]) -> None:
         self.cfg, self.mean, self.std = cfg, mean, std
-        self.moves = bool(
-            cfg.horizontal_flip
-            or cfg.vertical_flip
-            or cfg.rotation
-            or cfg.crop
-            or cfg.resized_crop < 1
-            or cfg.scale != (1.0, 1.0)
-        )
-        self.exact = not cfg.rotation and cfg.scale == (1.0, 1.0) and cfg.resized_crop == 1
+        self.pairs = mix.is_on(cfg)  # whether `mix` does anything
 
     def __call__(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Augment and normalise.
 
         Args:
             images: uint8 of shape [B, H, W, C].
-            numbers: uniform in [0, 1), shape [B, DRAWS], on the same device.
+            numbers: uniform in [0, 1), float64 of shape [B, DRAWS], on the same device.
 
         Returns:
             float32 of shape [B, C, H, W].
         """
         with torch.no_grad():
-            x = to_unit(images)
-            if self.moves and len(x):
-                x = self._move(x, numbers)
-            return normalise(self._colour(x, numbers), self.mean, self.std)
+            rows, height, width, channels = images.shape
+            drawn = self._draw(numbers, height, width, channels)
+            step = max(1, CHUNK_VALUES // max(1, height * width * channels))
+            if images.device.type != "cpu" or rows <= step:
+                out = self._pixels(images, drawn)
+            else:
+                out = torch.empty(rows, channels, height, width)
+                for start in range(0, rows, step):
+                    part = slice(start, start + step)
+                    out[part] = self._pixels(images[part], drawn.part(part))
+            _blur(self.cfg, out, numbers)
+            _erase(self.cfg, out, numbers)
+            return out
 
-    def _move(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        from kornia.geometry.transform import warp_affine
+    def shape_draws(self, numbers: np.ndarray) -> np.ndarray:
+        """What the caller does to uniform draws on the CPU, before they go to the device; see mix.shape_draws."""
+        return mix.shape_draws(self.cfg, numbers) if self.pairs else numbers
 
-        height, width = x.shape[-2:]
-        matrix = affine(self.cfg, u, height, width).to(x.dtype)
-        mode = "nearest" if self.exact else "bilinear"  # whole-pixel moves need no interpolation
-        return warp_affine(x, matrix, (height, width), mode=mode, padding_mode=self.cfg.padding, align_corners=True)
+    def mix(
+        self, x: torch.Tensor, labels: torch.Tensor, numbers: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """mixup or cutmix of neighbours, rows 2i and 2i + 1.
 
-    def _colour(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        import kornia.enhance as enhance
+        Args:
+            x: float32 of shape [B, C, H, W], from a call.
+            labels: int64 of shape [B].
+            numbers: from `shape_draws`, float64 of shape [B, DRAWS], on the same device.
 
+        Returns:
+            Pictures, the partners' labels or None, and the share of `labels`, float32 [B], or None.
+        """
+        with torch.no_grad():
+            return mix.mix(self.cfg, x, labels, numbers) if self.pairs and len(x) else (x, None, None)
+
+    def _draw(self, u: torch.Tensor, height: int, width: int, channels: int) -> Drawn:
         cfg = self.cfg
+        picks = policies.draw(cfg, u, height, width) if cfg.policy else None
+        colours = colour.draw(cfg, u, channels) if colour.changes(cfg, channels) else None
+        if picks is None and geometry.whole_pixels(cfg):
+            shifts = None if geometry.stays(cfg) else geometry.shifts(cfg, u, height, width)
+            return Drawn(shifts, None, colours, picks)
+        matrix = geometry.affine(cfg, u, height, width)
+        if cfg.perspective:
+            matrix = geometry.perspective(cfg, u, height, width) @ matrix
+        if picks is not None:
+            matrix = policies.moves(picks, height, width).to(matrix.device) @ matrix
+        return Drawn(None, geometry.normalised(matrix, height, width), colours, picks)
 
-        def factor(column: int, amount: float) -> torch.Tensor:
-            return (1 + amount * (2 * u[:, column] - 1)).to(x.dtype)
+    def _pixels(self, images: torch.Tensor, drawn: Drawn) -> torch.Tensor:
+        """The steps that touch every pixel: move, change colours, normalise."""
+        cfg = self.cfg
+        if not len(images):
+            return _to_float(images)
+        if drawn.theta is not None:
+            x = geometry.resample(images, drawn.theta, cfg.padding, bool(cfg.perspective))
+        else:
+            if drawn.shifts is not None:
+                images = geometry.gather(images, drawn.shifts, cfg.padding)
+            x = _to_float(images)
+        top = 255.0
+        if drawn.colours is not None:
+            x, top = colour.apply(x, drawn.colours, top), 1.0
+        if drawn.picks is not None:
+            x, top = x.div_(top).clamp_(0, 1), 1.0
+            policies.apply(x, drawn.picks)
+        return _scale(x, self.mean, self.std, top)
 
-        if cfg.brightness:
-            x = enhance.adjust_brightness_accumulative(x, factor(9, cfg.brightness))
-        if cfg.contrast:
-            x = enhance.adjust_contrast_with_mean_subtraction(x, factor(10, cfg.contrast))
-        if x.shape[1] == 3 and cfg.saturation:
-            x = enhance.adjust_saturation_with_gray_subtraction(x, factor(11, cfg.saturation))
-        if x.shape[1] == 3 and cfg.hue:
-            x = enhance.adjust_hue(x, ((2 * u[:, 12] - 1) * (cfg.hue * 2 * math.pi)).to(x.dtype))
-        return x.clamp(0, 1)
+
+def _blur(cfg: Augment, x: torch.Tensor, u: torch.Tensor) -> None:
+    """Gaussian blur of the samples drawn, in place; as its weights sum to 1, it may follow the normalisation."""
+    rows = _rows(u[:, 27] < cfg.blur, cfg.blur)
+    if len(rows):
+        from kornia.filters import gaussian_blur2d
+
+        height, width = (min(BLUR_SIZE, 2 * side - 1) for side in x.shape[-2:])  # as far as a reflection goes
+        sigma = (0.1 + 1.9 * u[rows, 28, None]).to(x.dtype).expand(-1, 2)
+        x[rows] = gaussian_blur2d(x[rows], (height, width), sigma, "reflect")
 
 
-def affine(cfg: Augment, u: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """One matrix a sample that flips, rotates, scales and crops: source pixel → destination pixel.
+def _erase(cfg: Augment, x: torch.Tensor, u: torch.Tensor) -> None:
+    """Random erasing (arXiv 1708.04896) of the samples drawn, in place: a box takes the data's mean colour."""
+    rows = _rows(u[:, 29] < cfg.erasing, cfg.erasing)
+    if len(rows):
+        height, width = x.shape[-2:]
+        area = (0.02 + 0.31 * u[rows, 30]) * height * width
+        ratio = torch.exp(math.log(0.3) + (math.log(1 / 0.3) - math.log(0.3)) * u[rows, 31])
+        y = _span((area * ratio).sqrt(), u[rows, 32], height)
+        x_ = _span((area / ratio).sqrt(), u[rows, 33], width)
+        x[rows] = x[rows].masked_fill((y[:, :, None] & x_[:, None, :])[:, None], 0.0)
 
-    Args:
-        cfg: the augment section.
-        u: uniform numbers in [0, 1), float64 of shape [B, DRAWS].
-        height: of the pictures, pixels.
-        width: of the pictures, pixels.
 
-    Returns:
-        float64 of shape [B, 2, 3].
-    """
-    one = torch.ones_like(u[:, 0])
-    flip_x = torch.where(u[:, 0] < cfg.horizontal_flip, -one, one)
-    flip_y = torch.where(u[:, 1] < cfg.vertical_flip, -one, one)
-    angle = (2 * u[:, 2] - 1) * math.radians(cfg.rotation)
-    low, high = (math.log(v) for v in cfg.scale)
-    zoom = torch.exp(low + (high - low) * u[:, 3])
-    # random resized crop: a box of area share a and aspect r, blown up to the whole picture
-    area = cfg.resized_crop + (1 - cfg.resized_crop) * u[:, 4]
-    ratio = torch.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * u[:, 5])
-    ratio = ratio if cfg.resized_crop < 1 else one
-    box_w, box_h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    off_x, off_y = (1 - box_w) * (u[:, 6] - 0.5) * width, (1 - box_h) * (u[:, 7] - 0.5) * height
-    shift_x = torch.round((2 * u[:, 8] - 1) * cfg.crop * width)
-    shift_y = torch.round((2 * u[:, 13] - 1) * cfg.crop * height)
-    cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
-    sx, sy = flip_x / box_w, flip_y / box_h
-    a, b, c, d = cos * sx, -sin * sy, sin * sx, cos * sy
-    cx, cy = (width - 1) / 2, (height - 1) / 2
-    px, py = cx + off_x, cy + off_y
-    tx = cx + shift_x - (a * px + b * py)
-    ty = cy + shift_y - (c * px + d * py)
-    return torch.stack([torch.stack([a, b, tx], 1), torch.stack([c, d, ty], 1)], 1)
+def _rows(chosen: torch.Tensor, probability: float) -> torch.Tensor:
+    """Indices of the samples drawn, int64; no look at the device if there can be none."""
+    return torch.nonzero(chosen).view(-1) if probability else torch.zeros(0, dtype=torch.int64)
+
+
+def _span(side: torch.Tensor, at: torch.Tensor, pixels: int) -> torch.Tensor:
+    """Which pixels of an axis lie in the box: bool [n, pixels]; side: float [n]; at: uniform [n]."""
+    side = side.round().clamp(1, pixels)
+    first = (at * (pixels - side + 1)).floor()
+    places = torch.arange(pixels, device=side.device)
+    return (places >= first[:, None]) & (places < (first + side)[:, None])
