@@ -5,50 +5,133 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from raydeep.errors import DataError
 
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile
+
 MAX_PIXELS = 64 * 2**20
+# Only what decodes in this process from its own bytes: EPS, say, would start Ghostscript.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+ORIENTATION = 0x0112
 GREY_MODES = ("1", "L", "LA", "La", "F")
 CHANNELS = {"grey": 1, "rgb": 3}
 
 
-def open_picture(data: bytes) -> Image.Image:
-    """Decode a picture whole, its EXIF orientation applied, in mode L or RGB.
+def open_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a picture whole, its EXIF orientation applied, in mode L or RGB. Of an animation, the first frame.
 
     Raises:
-        DataError: the bytes are no picture, torn, empty or larger than MAX_PIXELS pixels.
+        DataError: the bytes are no picture, torn, empty or of more than max_pixels pixels.
     """
+    return _decode(data, max_pixels)[1]
+
+
+def read_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, bytes]:
+    """Decode a picture as open_picture does, and give its plain file too.
+
+    Plain is a file that any decoder turns into the same pixels: an upright JPEG of one or three components, or an
+    8-bit PNG of colour type 0 or 2 without transparency or animation. Such files are kept as they are; all others
+    become such a PNG of the picture, without loss.
+
+    Raises:
+        DataError: as open_picture.
+    """
+    source, image = _decode(data, max_pixels)
+    if _is_plain(data, source) and _decoders_agree(data, image):
+        return image, data
+    return image, encode_png(np.asarray(image))
+
+
+def _decode(data: bytes, max_pixels: int) -> tuple[ImageFile, Image.Image]:
+    """The picture as its file has it, and the same upright, in mode L or RGB."""
     if not data:
         raise DataError("empty file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own bomb warning: the cap below is the rule
-            image: Image.Image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS:,}")
-            image.load()
-            image = ImageOps.exif_transpose(image)
+            _check_size(*_webp_size(data), max_pixels)
+            source = Image.open(io.BytesIO(data), formats=FORMATS)
+            _check_size(source.width, source.height, max_pixels)
+            source.load()
+            turned = source.getexif().get(ORIENTATION, 1) in range(2, 9)
+            return source, flat(ImageOps.exif_transpose(source) if turned else source)
     except UnidentifiedImageError:
         raise DataError("not a picture in a known format") from None
     except DataError:
         raise
+    except Image.DecompressionBombError:
+        raise DataError(f"more than {max_pixels:,} pixels (data.max_pixels)") from None
     except Exception as err:  # Pillow's plugins raise many kinds on broken files; none may stop a run
         raise DataError(f"can't be decoded: {str(err) or type(err).__name__}") from None
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise DataError(f"{width}×{height} pixels, more than {max_pixels:,} (data.max_pixels)")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Canvas of an extended WebP, for Pillow allocates it when it opens the file; 0, 0 for all else."""
+    if data[:4] != b"RIFF" or data[8:16] != b"WEBPVP8X" or len(data) < 30:
+        return 0, 0
+    return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+
+
+def flat(image: Image.Image) -> Image.Image:
+    """A decoded picture in mode L or RGB: 16 bits lose their lower half, what is transparent becomes black."""
+    if image.mode in ("L", "RGB") and "transparency" not in image.info:
+        return image
     if image.mode.startswith("I;16") or image.mode == "I":
         return Image.fromarray((np.asarray(image, np.uint32).clip(0, 65535) >> 8).astype(np.uint8))
     kept = "L" if image.mode in GREY_MODES else "RGB"
     if "transparency" in image.info or image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
-        rgba = image.convert("RGBA")  # what is transparent becomes black
+        rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert(kept)
     return image.convert(kept)
 
 
+def _is_plain(data: bytes, source: ImageFile) -> bool:
+    """Whether the file is of a plain kind."""
+    if source.getexif().get(ORIENTATION, 1) in range(2, 9):
+        return False
+    if source.format in ("JPEG", "MPO"):
+        return source.mode in ("L", "RGB")
+    if source.format == "PNG":
+        still = not getattr(source, "is_animated", False) and "transparency" not in source.info
+        return still and data[24] == 8 and data[25] in (0, 2)  # bit depth and colour type, in IHDR
+    return False
+
+
+def _decoders_agree(data: bytes, image: Image.Image) -> bool:
+    """Whether the decoder of training gives the same pixels.
+
+    Small damage (stray bytes between markers, a wrong checksum) is passed over by one decoder and refused by
+    the other, so it is tried rather than foreseen.
+    """
+    from kornia_rs import io as fast  # not at the top: the module does not pickle
+
+    mode = "mono" if image.mode == "L" else "rgb"
+    try:
+        if data[:2] == b"\xff\xd8":
+            pixels = fast.decode_image_jpegturbo(data, mode)
+        else:
+            pixels = fast.decode_image_png_u8(data, (image.height, image.width), mode)
+    except Exception:  # Rust's errors reach Python as plain Exceptions
+        return False
+    return np.array_equal(pixels.reshape(-1), np.asarray(image).reshape(-1))
+
+
 def to_pixels(image: Image.Image, mode: str, size: int | None) -> np.ndarray:
-    """Scale the shorter side to `size`, crop the centre, convert.
+    """Crop the square in the centre, scale it to `size`, convert.
+
+    The square has the shorter side s and starts at ((height - s) // 2, (width - s) // 2), whole pixels, so that
+    torch's antialiased bilinear interpolation of the same crop differs by one grey level at most.
 
     Args:
         image: mode L or RGB.
@@ -59,7 +142,10 @@ def to_pixels(image: Image.Image, mode: str, size: int | None) -> np.ndarray:
         uint8 HWC.
     """
     if size is not None and image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
     pixels = np.asarray(image.convert("L" if mode == "grey" else "RGB"))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
