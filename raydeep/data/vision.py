@@ -167,7 +167,7 @@ def _make(name: str, root: str | None, options: Options, download: bool) -> Any:
     except ImportError as err:
         raise DataError(f"{TORCHVISION}{name}: needs a package that is missing: {err}") from None
     except Exception as err:  # what they raise for a missing or a broken file is not agreed upon
-        reason = re.sub(r"\s*You can (use|set) download=True[^.;]*\.?", "", str(err)) or type(err).__name__
+        reason = re.sub(r"\s*You can (use|set) download=True[^.;]*\.?", "", str(err)).rstrip(".") or type(err).__name__
         if "split" in keys and isinstance(err, ValueError) and "split" in reason:
             raise ValueError(reason) from None
         if keys.get("download"):
