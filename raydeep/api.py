@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 def prepare(job: Job, ui: Ui) -> Manifest:
     """Shard the job's source if need be, and check that job, data and network go together."""
-    from raydeep.data import resident, shards
+    from raydeep.data import shards, splits
 
     with ui.stage("data") as stage:
         storage = Path(job.storage).expanduser().resolve()
         if storage.exists() and not storage.is_dir():
             raise DataError(f"storage: can't make run folders in {storage}: it is a file; set storage=FOLDER")
         manifest = shards.prepare(job.data, storage, lambda done, total: stage.update(done, total, "pictures"))
-        resident.check_memory(manifest, job.data)
+        resident = splits.is_resident(manifest, job.data)
         counts = manifest.splits["train"]["class_counts"]
         limit = job.data.limit_per_class or max(counts)
         rows = sum(min(count, limit) for count in counts)
@@ -42,6 +42,7 @@ def prepare(job: Job, ui: Ui) -> Manifest:
         stage.text = (
             f"{rows:,} train, {manifest.rows('val'):,} val, {manifest.rows('test'):,} test pictures of "
             f"{height}×{width}×{channels}, {len(manifest.classes)} classes"
+            f"{'' if resident else ', streamed'}"
         )
         if manifest.quarantined:
             stage.text += f"; {manifest.quarantined} in quarantine ({manifest.path / 'quarantine.jsonl'})"
@@ -375,13 +376,13 @@ def verdict(front: dict[str, Any]) -> str:
 
 def export(run: Run, trial: int, ui: Ui) -> Path:
     """Export one trial of a finished search, verified against the run's data."""
-    from raydeep.data import resident, shards
+    from raydeep.data import shards, splits
     from raydeep.deploy import verify
 
     dataset = Path(read_json(run.path / "provenance.json").get("dataset", {}).get("path", ""))
     with run.locked(), ui.stage("export") as stage:
         candidate = export_trial(run, trial)
-        data = resident.read_dataset(shards.load_manifest(dataset, check_hashes=True), run.job.data)
+        data = splits.read_dataset(shards.load_manifest(dataset, check_hashes=True), run.job.data)
         facts = verify.verify(
             [candidate], run.model("dense"), data, rounds=run.job.export.latency_rounds,
             batch_size=run.job.export.batch_size,

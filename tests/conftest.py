@@ -42,7 +42,7 @@ def digits_manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 @pytest.fixture(scope="session")
 def digits(digits_manifest: Manifest) -> Dataset:
     """The decoded digits. Read only: all tests share them."""
-    from raydeep.data.resident import read_dataset
+    from raydeep.data.splits import read_dataset
 
     data = read_dataset(digits_manifest, Data())
     for split in (data.train, data.val, data.test):

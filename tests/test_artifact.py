@@ -256,7 +256,7 @@ def test_freezing_what_was_thawed_changes_nothing():
 def test_predictions_are_the_largest_logits_of_all_batches():
     model, _ = make("seed", width=8)
     batches = [(inputs()[:9], torch.zeros(9)), (inputs()[9:], torch.zeros(7))]
-    found = artifact.predict(model, batches)
+    found = artifact.predict(model, [x for x, _ in batches])
     assert found.tolist() == model(inputs()).argmax(1).tolist()
 
 

@@ -87,7 +87,10 @@ def runs(folder: Path) -> list[str]:
         (["train.batch_size=4096"], ["train.batch_size 4096 is larger than the train split of 1,439 rows; lower it"]),
         (["recover.batch_size=4096"], ["recover.batch_size 4096 is larger than the train split of 1,439 rows"]),
         (["data.limit_per_class=3"], ["train.batch_size 64 is larger than the train split of 30 rows"]),
-        (["data.image_size=512", "data.memory_bytes=1048576"], ["more than data.memory_bytes 1,048,576; raise it"]),
+        (
+            ["data.image_size=512", "data.memory_bytes=1048576", "data.cache=resident"],
+            ["more than data.memory_bytes 1,048,576; raise it"],
+        ),
         (["data.path=gone", "data.source=folder"], ["data.path: gone is not a folder", "--set data.path=FOLDER"]),
         (["model.name=resnet21"], ["model.name 'resnet21' is unknown; did you mean", "resnet20"]),
         (["model.name=own:net"], ["model.name own:net: can't import own"]),

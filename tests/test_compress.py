@@ -15,7 +15,8 @@ from torch import nn
 from raydeep.compress import cost, distill, pack, plan, prune, quantize
 from raydeep.config import Augment, Distill, Job, Prune, Quantize, Train
 from raydeep.data.augment import Augmenter
-from raydeep.data.resident import Batches, Dataset, Micro, Pixels
+from raydeep.data.batches import Batches, Micro
+from raydeep.data.resident import Dataset, Pixels
 from raydeep.model import artifact, layers, zoo
 from raydeep.train import losses
 from raydeep.train.loop import fit
@@ -222,7 +223,7 @@ def test_batchnorm_without_running_statistics_is_left_alone():
 def test_distilled_loss_is_the_formula_of_the_paper():
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(9, 3))
-    micro = Micro(torch.randn(4, 1, 3, 3), torch.tensor([0, 1, 2, 1]))
+    micro = Micro(torch.randn(4, 1, 3, 3), torch.tensor([0, 1, 2, 1]), 4)
     logits = torch.randn(4, 3)
     cfg = Distill(enabled=True, weight=0.3, temperature=2.5)
     found = distill.distilled(losses.cross_entropy(), teacher, cfg)(logits, micro)
@@ -235,7 +236,7 @@ def test_distilled_loss_is_the_formula_of_the_paper():
 
 def test_distillation_of_weight_zero_is_the_loss_itself():
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(9, 3))
-    micro = Micro(torch.randn(4, 1, 3, 3), torch.tensor([0, 1, 2, 1]))
+    micro = Micro(torch.randn(4, 1, 3, 3), torch.tensor([0, 1, 2, 1]), 4)
     logits = torch.randn(4, 3)
     base = losses.cross_entropy(0.1)
     found = distill.distilled(base, teacher, Distill(enabled=True, weight=0.0))(logits, micro)
@@ -245,7 +246,7 @@ def test_distillation_of_weight_zero_is_the_loss_itself():
 def test_the_teacher_learns_nothing_and_runs_in_evaluation_mode():
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(9, 3), nn.BatchNorm1d(3)).train()
     student = nn.Sequential(nn.Flatten(), nn.Linear(9, 3))
-    micro = Micro(torch.randn(4, 1, 3, 3), torch.tensor([0, 1, 2, 1]))
+    micro = Micro(torch.randn(4, 1, 3, 3), torch.tensor([0, 1, 2, 1]), 4)
     loss = distill.distilled(losses.cross_entropy(), teacher, Distill(enabled=True, weight=1.0))
     loss(student(micro.images), micro).sum().backward()
     assert all(p.grad is None for p in teacher.parameters())

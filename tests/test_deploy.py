@@ -21,7 +21,8 @@ from PIL import Image
 from raydeep.compress import pack, plan
 from raydeep.config import Augment, Job, Train
 from raydeep.data.augment import Augmenter, to_input
-from raydeep.data.resident import Batches, Dataset, Pixels
+from raydeep.data.batches import Batches
+from raydeep.data.resident import Dataset, Pixels
 from raydeep.deploy import export, predict, verify
 from raydeep.errors import DataError, ExportError, ModelError
 from raydeep.model import artifact

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 
 from raydeep.data import order
 from raydeep.data.augment import DRAWS
-from raydeep.data.resident import Batches, Pixels
+from raydeep.data.batches import Batches
+from raydeep.data.resident import Pixels
 from raydeep.errors import DataError
 
 seeds = st.integers(0, 2**31 - 1)
@@ -19,21 +22,36 @@ worlds = st.integers(1, 7)
 ROWS = 50
 
 
-def keep(images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+class Keep:
     """In place of an augmenter: what a sample is (its pixels) and what it draws, as one row."""
-    return torch.cat([images.flatten(1).double(), numbers], 1)
+
+    pairs = False
+
+    def __call__(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        return torch.cat([images.flatten(1).double(), numbers], 1)
+
+    def shape_draws(self, numbers: np.ndarray) -> np.ndarray:
+        return numbers
+
+    def mix(self, x: torch.Tensor, labels: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return x, None, None
 
 
-def batches(batch_size: int, seed: int = 3, **parts: int) -> Batches:
+class KeepPairs(Keep):
+    pairs = True
+
+
+def batches(batch_size: int, seed: int = 3, augmenter: Any = None, **parts: Any) -> Batches:
     """Pictures of one pixel: the number of the row."""
     rows = np.arange(ROWS)
-    return Batches(Pixels(rows.astype(np.uint8).reshape(-1, 1, 1, 1), rows), keep, batch_size, seed, **parts)
+    pixels = Pixels(rows.astype(np.uint8).reshape(-1, 1, 1, 1), rows)
+    return Batches(pixels, augmenter or Keep(), batch_size, seed, **parts)
 
 
 def stream(source: Batches, epoch: int = 0, start_step: int = 0) -> list[torch.Tensor]:
     """One tensor a step: this worker's micro-batches, one after the other, with their labels."""
     return [
-        torch.cat([torch.cat([micro.images, micro.labels[:, None]], 1) for micro in micros])
+        torch.cat([torch.cat([micro.images, micro.labels[:, None]], 1)[: micro.valid] for micro in micros])
         for micros in source.epoch(epoch, start_step)
     ]
 
@@ -110,6 +128,93 @@ def test_rows_beyond_the_last_whole_batch_wait_for_another_epoch():
 def test_a_batch_larger_than_the_split_is_refused_with_the_numbers():
     with pytest.raises(DataError, match=r"train\.batch_size 51 is larger than the train split of 50 rows; lower it"):
         batches(51)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7, 60])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("augmenter", [Keep(), KeepPairs()], ids=["alone", "pairs"])
+def test_a_last_batch_that_is_kept_is_divided_too(world, accumulate, augmenter):
+    """50 rows in batches of 16: the last one has 2, for up to 60 workers."""
+    whole = stream(batches(16, drop_last=False), epoch=2)
+    assert [len(batch) for batch in whole] == [16, 16, 16, 2]
+    assert sorted(torch.cat(whole)[:, 0].tolist()) == list(range(ROWS))
+    parts = {"world": world, "accumulate": accumulate, "drop_last": False, "augmenter": augmenter}
+    ranks = [stream(batches(16, rank=rank, **parts), epoch=2) for rank in range(world)]
+    assert {len(rank) for rank in ranks} == {4}
+    for step, batch in enumerate(whole):
+        assert torch.equal(torch.cat([rank[step] for rank in ranks]), batch)
+
+
+def test_a_worker_without_rows_still_has_pictures_for_every_micro_batch():
+    for micros in batches(16, rank=59, world=60, accumulate=3, drop_last=False).epoch(0):
+        assert [(micro.valid, len(micro.images)) for micro in micros] == [(0, 2)] * 3
+
+
+@given(st.integers(0, 60), worlds)
+def test_mixed_pairs_are_never_cut_apart(rows, parts):
+    cuts = order.cut(np.arange(rows), parts, 2)
+    assert np.array_equal(np.concatenate(cuts), np.arange(rows))
+    assert all(part[0] % 2 == 0 for part in cuts if len(part))
+    sizes = [len(part) for part in cuts]
+    assert max(sizes) - min(sizes) <= 3  # of pairs by one, and the last one may be odd
+
+
+# the order of what is streamed
+
+sizes = st.lists(st.integers(1, 30), min_size=1, max_size=20).map(lambda values: np.array(values, np.int64))
+
+
+@given(seeds, epochs, sizes, st.integers(1, 200), st.integers(1, 70))
+def test_a_streamed_epoch_is_a_permutation_too(seed, epoch, groups, window, batch_size):
+    found = order.stream_order(seed, epoch, groups, window, batch_size)
+    assert np.array_equal(np.sort(found), np.arange(groups.sum()))
+    assert np.array_equal(found, order.stream_order(seed, epoch, groups, window, batch_size))
+
+
+@given(seeds, sizes, st.integers(1, 100), st.integers(1, 40))
+def test_what_a_window_holds_is_served_before_the_next_window_begins(seed, groups, window, batch_size):
+    """So a world never holds more than two windows, and a group is read in one go."""
+    found = order.stream_order(seed, 0, groups, window, batch_size)
+    group = np.searchsorted(np.cumsum(groups), found, side="right")
+    spans = [np.flatnonzero(group == g) for g in range(len(groups))]
+    most = window + int(groups.max()) + 2 * batch_size
+    assert max(int(span[-1] - span[0]) for span in spans) <= most
+
+
+def test_inside_a_batch_rows_stand_by_their_groups():
+    groups = np.full(8, 100)
+    found = order.stream_order(0, 0, groups, 400, 64)
+    for step in range(6):
+        group = order.global_batch(found, step, 64) // 100
+        assert (np.diff(group) != 0).sum() == len(set(group.tolist())) - 1  # each group in one piece
+        assert len(set(group.tolist())) >= 4  # a batch mixes the groups of its window
+
+
+@given(seeds, sizes, st.integers(1, 100), st.integers(1, 40), worlds, st.integers(1, 25), st.booleans())
+def test_a_plan_gives_every_worker_its_rows_from_units_read_once(
+    seed, groups, window, batch_size, world, unit_rows, drop
+):
+    found = order.stream_order(seed, 1, groups, window, batch_size)
+    steps = order.steps_per_epoch(len(found), batch_size, drop)
+    read: list[int] = []
+    for rank in range(world):
+        mine = [order.share(order.global_batch(found, s, batch_size), rank, world) for s in range(steps)]
+        plan = order.fetch_plan(mine, groups, unit_rows)
+        assert all(0 < len(unit) <= unit_rows for unit in plan.units)
+        rows = np.concatenate([np.empty(0, np.int64), *mine])
+        served = [plan.units[u][o] for u, o in zip(plan.unit.tolist(), plan.offset.tolist(), strict=True)]
+        assert served == rows.tolist()
+        read += [row for unit in plan.units for row in unit.tolist()]
+    assert sorted(read) == sorted(found[: steps * batch_size].tolist())  # nothing is decoded twice
+
+
+def test_shards_are_filled_at_random_but_blocks_stay_together():
+    blocks = np.repeat(np.arange(10), 7)
+    found = order.shard_order(blocks, 3)
+    assert np.array_equal(np.sort(found), np.arange(70))
+    assert found.reshape(10, 7)[:, 0].tolist() != list(range(0, 70, 7))
+    assert (np.diff(found.reshape(10, 7), axis=1) == 1).all()
+    assert not np.array_equal(order.shard_order(np.arange(70), 3), order.shard_order(np.arange(70), 4))
 
 
 @given(st.integers(0, 300), worlds)

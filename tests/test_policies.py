@@ -16,7 +16,7 @@ TRIVIAL, RAND = Augment(policy="trivialaugment"), Augment(policy="randaugment", 
 AUTO = Augment(policy="autoaugment")
 THEIRS = {"trivialaugment": v2.TrivialAugmentWide, "randaugment": v2.RandAugment, "autoaugment": v2.AutoAugment}
 CIFAR10 = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)._policies
-GEOMETRY = NAMES[1:6]
+GEOMETRY = policies.MOVES
 
 
 def pictures(rows: int, height: int, width: int, channels: int = 3) -> torch.Tensor:

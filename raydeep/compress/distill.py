@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from raydeep.data.resident import Micro
+from raydeep.data.batches import Micro
 from raydeep.train.losses import Loss
 
 if TYPE_CHECKING:

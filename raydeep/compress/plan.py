@@ -14,7 +14,8 @@ import torch
 from raydeep.compress import cost, distill, pack, prune, quantize
 from raydeep.data import order
 from raydeep.data.augment import Augmenter, to_input
-from raydeep.data.resident import Batches, Dataset, Pixels, eval_batches
+from raydeep.data.batches import Batches, eval_batches
+from raydeep.data.resident import Dataset, Split
 from raydeep.model import artifact
 from raydeep.train import losses
 from raydeep.train.loop import fit
@@ -74,7 +75,10 @@ def compress(
     if job.recover.epochs:
         batch_size = job.recover.batch_size or job.train.batch_size
         augmenter = Augmenter(job.augment, data.mean, data.std)
-        batches = Batches(data.train, augmenter, batch_size, seed, accumulate=job.train.accumulate, device=device)
+        batches = Batches(
+            data.train, augmenter, batch_size, seed, accumulate=job.train.accumulate, drop_last=job.train.drop_last,
+            device=device,
+        )  # fmt: skip
         history = fit(
             model, loss, batches, job.train, epochs=job.recover.epochs, lr=job.recover.lr, seed=seed,
             on_step=tighten, on_epoch=(lambda m, _model, _optimizer: on_epoch(m)) if on_epoch else None,
@@ -88,23 +92,21 @@ def measure(packed: bytes, data: Dataset, batch_size: int, history: list[dict[st
     """Score packed bytes: read them back, rebuild the network, evaluate it on val and test."""
     spec, tensors = pack.unpack(packed)
     model = artifact.thaw(spec, tensors)
-    val, test = (predictions(model, data, pixels, batch_size) for pixels in (data.val, data.test))
+    val, test = (predictions(model, data, split, batch_size) for split in (data.val, data.test))
     return Result(
         packed, float((val == data.val.labels).mean()), float((test == data.test.labels).mean()), val, test,
         cost.count(tensors), history or [],
     )  # fmt: skip
 
 
-def predictions(model: torch.nn.Module, data: Dataset, pixels: Pixels, batch_size: int) -> np.ndarray:
+def predictions(model: torch.nn.Module, data: Dataset, split: Split, batch_size: int) -> np.ndarray:
     """Predicted classes of a split: int64 of shape [rows]."""
-    return artifact.predict(model, eval_batches(pixels, data.mean, data.std, batch_size))
+    return artifact.predict(model, (m.images for m in eval_batches(split, data.mean, data.std, batch_size)))
 
 
 def calibration_batches(data: Dataset, rows: int, seed: int, device: str = "cpu") -> list[torch.Tensor]:
     """Network inputs of a seeded choice of train rows, not augmented: batches of float32 NCHW."""
     chosen = order.epoch_order(seed, 0, len(data.train.labels))[:rows]
-    out = []
-    for part in np.array_split(chosen, -(-len(chosen) // CALIBRATION_BATCH)):  # even: averages weigh batches alike
-        images = torch.from_numpy(data.train.images[part]).to(device)
-        out.append(to_input(images, data.mean, data.std))
-    return out
+    parts = np.array_split(chosen, -(-len(chosen) // CALIBRATION_BATCH))  # even: averages weigh batches alike
+    read = data.train.read([parts])
+    return [to_input(torch.from_numpy(images).to(device), data.mean, data.std) for images in read]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from raydeep.config import Augment
 
 DRAWS = 50  # uniform numbers a sample
-CHUNK_VALUES = 2**19  # on a CPU, so many values go through all steps together and stay in its cache
+CHUNK_VALUES = 2**17  # on a CPU, so many values go through all steps together and stay in its cache
 BLUR_SIZE = 13  # of the kernel: three standard deviations of the widest blur to each side
 
 
@@ -34,12 +34,13 @@ def to_unit(images: torch.Tensor) -> torch.Tensor:
 
 def normalise(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
     """Float NCHW in [0, 1] → zero mean, unit variance a channel."""
-    return _scale(images.clone(), mean, std, 1.0)
+    return _scale(images, mean, std, 1.0, torch.empty_like(images))
 
 
 def to_input(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
     """Uint8 NHWC → normalised float32 NCHW, the input of every network."""
-    return _scale(_to_float(images), mean, std, 255.0)
+    x = _to_float(images)
+    return _scale(x, mean, std, 255.0, x)
 
 
 def _to_float(images: torch.Tensor) -> torch.Tensor:
@@ -48,11 +49,11 @@ def _to_float(images: torch.Tensor) -> torch.Tensor:
     return out.copy_(images.permute(0, 3, 1, 2))
 
 
-def _scale(x: torch.Tensor, mean: list[float], std: list[float], top: float) -> torch.Tensor:
-    """Float NCHW in [0, top] → zero mean, unit variance a channel, in place."""
+def _scale(x: torch.Tensor, mean: list[float], std: list[float], top: float, out: torch.Tensor) -> torch.Tensor:
+    """Float NCHW in [0, top] → zero mean, unit variance a channel, into `out` (it may be x)."""
     factor = torch.tensor([1 / (top * s) for s in std], dtype=x.dtype, device=x.device).view(-1, 1, 1)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=x.dtype, device=x.device)
-    return x.mul_(factor).add_(shift.view(-1, 1, 1))
+    return torch.mul(x, factor, out=out).add_(shift.view(-1, 1, 1))
 
 
 class Drawn(NamedTuple):
@@ -60,6 +61,7 @@ class Drawn(NamedTuple):
 
     shifts: geometry.Shifts | None
     theta: torch.Tensor | None  # float32 [B, 3, 3], see geometry.normalised
+    some: torch.Tensor | None  # bool [B] on the CPU: who needs theta, the others need shifts only; None: all
     colours: colour.Linear | None
     picks: policies.Picks | None
 
@@ -70,7 +72,8 @@ class Drawn(NamedTuple):
             return None if value is None else type(value)(*(tensor[rows] for tensor in value))
 
         theta = None if self.theta is None else self.theta[rows]
-        return Drawn(cut(self.shifts), theta, cut(self.colours), cut(self.picks))
+        some = None if self.some is None else self.some[rows]
+        return Drawn(cut(self.shifts), theta, some, cut(self.colours), cut(self.picks))
 
 
 class Augmenter:
@@ -93,14 +96,11 @@ class Augmenter:
         with torch.no_grad():
             rows, height, width, channels = images.shape
             drawn = self._draw(numbers, height, width, channels)
-            step = max(1, CHUNK_VALUES // max(1, height * width * channels))
-            if images.device.type != "cpu" or rows <= step:
-                out = self._pixels(images, drawn)
-            else:
-                out = torch.empty(rows, channels, height, width)
-                for start in range(0, rows, step):
-                    part = slice(start, start + step)
-                    out[part] = self._pixels(images[part], drawn.part(part))
+            out = torch.empty(rows, channels, height, width, device=images.device)
+            step = CHUNK_VALUES // max(1, height * width * channels) if images.device.type == "cpu" else rows
+            for start in range(0, rows, max(1, step)):
+                part = slice(start, start + max(1, step))
+                self._pixels(images[part], drawn.part(part), out[part])
             _blur(self.cfg, out, numbers)
             _erase(self.cfg, out, numbers)
             return out
@@ -129,34 +129,38 @@ class Augmenter:
         cfg = self.cfg
         picks = policies.draw(cfg, u, height, width) if cfg.policy else None
         colours = colour.draw(cfg, u, channels) if colour.changes(cfg, channels) else None
+        shifts = None if geometry.stays(cfg) else geometry.shifts(cfg, u, height, width)
         if picks is None and geometry.whole_pixels(cfg):
-            shifts = None if geometry.stays(cfg) else geometry.shifts(cfg, u, height, width)
-            return Drawn(shifts, None, colours, picks)
+            return Drawn(shifts, None, None, colours, picks)
         matrix = geometry.affine(cfg, u, height, width)
         if cfg.perspective:
             matrix = geometry.perspective(cfg, u, height, width) @ matrix
+        some = None
         if picks is not None:
             matrix = policies.moves(picks, height, width).to(matrix.device) @ matrix
-        return Drawn(None, geometry.normalised(matrix, height, width), colours, picks)
+            some = policies.moved(picks) if geometry.whole_pixels(cfg) else None
+        return Drawn(shifts, geometry.normalised(matrix, height, width), some, colours, picks)
 
-    def _pixels(self, images: torch.Tensor, drawn: Drawn) -> torch.Tensor:
-        """The steps that touch every pixel: move, change colours, normalise."""
-        cfg = self.cfg
-        if not len(images):
-            return _to_float(images)
-        if drawn.theta is not None:
-            x = geometry.resample(images, drawn.theta, cfg.padding, bool(cfg.perspective))
-        else:
-            if drawn.shifts is not None:
-                images = geometry.gather(images, drawn.shifts, cfg.padding)
-            x = _to_float(images)
-        top = 255.0
+    def _pixels(self, images: torch.Tensor, drawn: Drawn, out: torch.Tensor) -> None:
+        """The steps that touch every pixel: move, change colours, normalise into `out`."""
+        x, top = self._move(images, drawn), 255.0
         if drawn.colours is not None:
             x, top = colour.apply(x, drawn.colours, top), 1.0
         if drawn.picks is not None:
             x, top = x.div_(top).clamp_(0, 1), 1.0
             policies.apply(x, drawn.picks)
-        return _scale(x, self.mean, self.std, top)
+        _scale(x, self.mean, self.std, top, out)
+
+    def _move(self, images: torch.Tensor, drawn: Drawn) -> torch.Tensor:
+        """Uint8 NHWC → float32 NCHW in [0, 255], each sample interpolated only if it must be."""
+        padding, projective = self.cfg.padding, bool(self.cfg.perspective)
+        if drawn.theta is not None and drawn.some is None:
+            return geometry.resample(images, drawn.theta, padding, projective)
+        x = _to_float(images if drawn.shifts is None else geometry.gather(images, drawn.shifts, padding))
+        if drawn.theta is not None and drawn.some is not None and drawn.some.any():
+            rows = torch.nonzero(drawn.some).view(-1).to(x.device)
+            x[rows] = geometry.resample(images[rows], drawn.theta[rows], padding, projective)
+        return x
 
 
 def _blur(cfg: Augment, x: torch.Tensor, u: torch.Tensor) -> None:

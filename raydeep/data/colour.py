@@ -122,5 +122,6 @@ def apply(x: torch.Tensor, change: Linear, top: float = 1.0) -> torch.Tensor:
         float32 of shape [B, C, H, W] in [0, 1].
     """
     mean = x.mean((2, 3), keepdim=True).flatten(2)
-    shift = change.of_mean @ mean
-    return torch.baddbmm(shift, change.of_pixel, x.flatten(2), beta=1 / top, alpha=1 / top).clamp_(0, 1).view(x.shape)
+    # not baddbmm: it would first write the shift to every pixel
+    out = torch.bmm(change.of_pixel / top, x.flatten(2)).add_(change.of_mean @ mean / top)
+    return out.clamp_(0, 1).view(x.shape)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 64 * 2**20
 # Only what decodes in this process from its own bytes: EPS, say, would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+FIRST_BYTES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 ORIENTATION = 0x0112
 GREY_MODES = ("1", "L", "LA", "La", "F")
 CHANNELS = {"grey": 1, "rgb": 3}
@@ -62,7 +63,9 @@ def _decode(data: bytes, max_pixels: int) -> tuple[ImageFile, Image.Image]:
             turned = source.getexif().get(ORIENTATION, 1) in range(2, 9)
             return source, flat(ImageOps.exif_transpose(source) if turned else source)
     except UnidentifiedImageError:
-        raise DataError("not a picture in a known format") from None
+        kind = next((kind for first, kind in FIRST_BYTES.items() if data.startswith(first)), None)
+        broken = f"can't be decoded: a {kind} by its first bytes, and broken"
+        raise DataError(broken if kind else "not a picture in a known format") from None
     except DataError:
         raise
     except Image.DecompressionBombError:

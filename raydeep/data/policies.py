@@ -25,6 +25,7 @@ NAMES = (
     "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert",
 )  # fmt: skip
 OP = {name: index for index, name in enumerate(NAMES)}
+MOVES = NAMES[1:6]
 SIGNED = NAMES[1:10]  # the strength's sign is drawn
 CHOICES = len(NAMES) - 1  # TrivialAugment and RandAugment choose among all but Invert
 BINS, AUTO_BINS = 31, 10
@@ -138,6 +139,11 @@ def draw(cfg: Augment, u: torch.Tensor, height: int, width: int) -> Picks:
     ops, strength = POLICIES[cfg.policy](cfg, u, height, width)
     signed = torch.tensor([name in SIGNED for name in NAMES])[ops]
     return Picks(ops, torch.where(signed & (u[:, : ops.shape[1], 2] < 0.5), -strength, strength))
+
+
+def moved(picks: Picks) -> torch.Tensor:
+    """Which samples have a move among their operations: bool [B] on the CPU."""
+    return ((picks.ops >= OP[MOVES[0]]) & (picks.ops <= OP[MOVES[-1]])).any(1)
 
 
 def moves(picks: Picks, height: int, width: int) -> torch.Tensor:

@@ -1,73 +1,109 @@
-"""Shards → decoded splits through Ray Data, shared by all processes of a node through the object store."""
+"""The two Ray Data jobs of the data plane: sharding a source, and streaming shards into batches.
+
+Both are one pipeline: items in a fixed order, one task an item, results in the order of the items.
+"""
 
 from __future__ import annotations
 
+import pickle
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import ray
+import ray.data
 
-from raydeep.data import decode
-from raydeep.data.resident import Dataset, Pixels, assemble, check_memory, chosen_rows, encoded
+from raydeep.data import fast, sharding
+from raydeep.data.resident import Dataset
+from raydeep.data.splits import read_dataset
+from raydeep.errors import RaydeepError
 
 if TYPE_CHECKING:
-    from raydeep.config import Data
-    from raydeep.data.shards import Manifest, Progress
+    from raydeep.data.shards import Manifest
+    from raydeep.sections import Data
 
-BLOCK_ROWS = 4096  # per-task overhead dominates small data: few, large blocks
+ERROR = "error"  # key of a result that is a pickled RaydeepError: Ray Data would bury it in its own kinds
 
 
-def load(manifest: Manifest, cfg: Data, progress: Progress | None = None) -> Dataset:
-    """Read and decode all splits with Ray Data, in the order of the shards.
+def engine(units: Sequence[Any], form: fast.Format, ahead: int) -> Iterator[fast.Block]:
+    """Fetches units on Ray Data (the contract is that of streamed.Engine); pixels arrive without copies."""
+
+    def work(item: bytes) -> dict[str, np.ndarray]:
+        block = fast.fetch(pickle.loads(item), form)
+        seconds = np.zeros((len(block.pixels), 2))
+        seconds[0] = block.read_s, block.decode_s
+        return {"pixels": block.pixels, "seconds": seconds}
+
+    for found in _pipeline([pickle.dumps(unit) for unit in units], work, ahead):
+        yield fast.Block(found["pixels"], *found["seconds"].sum(0).tolist())
+
+
+def runner(workers: int | None = None) -> sharding.Runner:
+    """Runs the tasks of sharding on Ray Data, at most `workers` at once; None: as many as there are CPUs."""
+
+    def run(work: sharding.Work, tasks: Sequence[sharding.Task], tell: Callable[[int], None]) -> None:
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(1.0):
+                tell(sharding.rows_done(work.folder, tasks))
+
+        def do(item: bytes) -> dict[str, np.ndarray]:
+            work(pickle.loads(item))
+            return {"done": np.ones(1)}
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            for _ in _pipeline([pickle.dumps(task) for task in tasks], do, 1, workers):
+                pass
+        finally:
+            stop.set()
+            thread.join()
+
+    return run
+
+
+def _pipeline(
+    items: list[bytes], work: Callable[[bytes], dict[str, np.ndarray]], ahead: int, workers: int | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """What `work` makes of each item, in order; one Ray Data task an item.
+
+    Args:
+        items: pickled arguments.
+        work: gives columns.
+        ahead: results that are fetched before they are asked for.
+        workers: most tasks at once.
 
     Raises:
-        DataError: the decoded pictures do not fit data.memory_bytes, or vary in size.
+        RaydeepError: raised by a task.
     """
-    check_memory(manifest, cfg)
-    rows = chosen_rows(manifest, cfg)
-    splits = {
-        split: Pixels(np.empty((len(found), *manifest.shape(cfg)), np.uint8), np.empty(len(found), np.int64))
-        for split, found in rows.items()
-    }
-    ends = np.cumsum([len(found) for found in rows.values()])
-    done = 0
-    for batch in _decoded(manifest, cfg, rows).iter_batches(batch_size=None, batch_format="numpy"):
-        taken, size = 0, len(batch["label"])
-        while taken < size:  # a batch may reach over the end of a split
-            index = int(np.searchsorted(ends, done, side="right"))
-            pixels = list(splits.values())[index]
-            at = done - (int(ends[index - 1]) if index else 0)
-            take = min(size - taken, int(ends[index]) - done)
-            pixels.images[at : at + take] = batch["pixels"][taken : taken + take]
-            pixels.labels[at : at + take] = batch["label"][taken : taken + take]
-            taken, done = taken + take, done + take
-        if progress is not None:
-            progress(done, int(ends[-1]))
-    assert done == ends[-1], f"Ray Data gave {done} rows of {ends[-1]}"
-    for split, pixels in splits.items():
-        counts = np.bincount(pixels.labels, minlength=len(manifest.classes))
-        most = np.array(manifest.splits[split]["class_counts"])
-        if split == "train" and cfg.limit_per_class is not None:
-            most = most.clip(max=cfg.limit_per_class)
-        assert (counts == most).all(), f"{split}: rows came out of order"
-    return assemble(manifest, cfg, splits)
-
-
-def _decoded(manifest: Manifest, cfg: Data, rows: dict[str, Any]) -> Any:
-    """All splits in one pipeline (each pipeline costs seconds to start), in the order of splits and shards."""
+    if not items:
+        return
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    blocks = max(1, min(64, sum(len(found) for found in rows.values()) // BLOCK_ROWS))
-    if cfg.limit_per_class is not None:  # few rows of many: only those are decoded
-        tables = [table for split, found in rows.items() for table in encoded(manifest, split, found)]
-        shards: Any = ray.data.from_arrow([table for table in tables if len(table)])
-    else:
-        files = [str(file) for split in manifest.splits for file in manifest.files(split)]
-        shards = ray.data.read_parquet(files, columns=["image", "label"], override_num_blocks=blocks)
-    decoder = decode.DecodeRows(manifest.pixel_mode(cfg), manifest.side(cfg))
-    return shards.map_batches(decoder.__call__, batch_size=1024, batch_format="numpy")
+
+    def task(batch: dict[str, Any]) -> dict[str, np.ndarray]:
+        try:
+            return work(batch["item"][0])
+        except RaydeepError as err:
+            return {ERROR: np.frombuffer(pickle.dumps(err), np.uint8)}
+
+    rows: Any = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
+    limit = {} if workers is None else {"concurrency": workers}
+    done = rows.map_batches(task, batch_size=None, batch_format="numpy", **limit)
+    for batch in done.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=ahead):
+        if ERROR in batch:
+            raise pickle.loads(batch[ERROR].tobytes())
+        yield batch
+
+
+def load(manifest: Manifest, cfg: Data, progress: sharding.Progress | None = None) -> Dataset:
+    """The splits of a dataset, decoded into memory by Ray Data or streamed by it (see splits.read_dataset)."""
+    return read_dataset(manifest, cfg, engine, progress)
 
 
 class Shared(NamedTuple):

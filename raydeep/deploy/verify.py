@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from raydeep.errors import ExportError
 from raydeep.run import hardware, write_json
 
 if TYPE_CHECKING:
-    from raydeep.data.resident import Dataset
+    from raydeep.data.resident import Dataset, Split
 
 ONNX_ROWS_PER_DIFFERENCE = 500  # at most one prediction in so many may differ between ONNX and the packed file
 ROUND_S = 0.02  # seconds of calls a model and round
@@ -43,7 +44,7 @@ def verify(
     Args:
         candidates: the folders to check.
         dense: folder of the dense model, timed in the same run.
-        data: for its val and test splits.
+        data: for its val and test splits; what is streamed is read anew, from the shards.
         rounds: of the latency test; in each, every model runs once for ROUND_S.
         batch_size: pictures a call in the latency test.
 
@@ -53,22 +54,22 @@ def verify(
     Raises:
         ExportError: the process died.
     """
+    from raydeep.data.splits import in_process
+
     with tempfile.TemporaryDirectory(prefix="raydeep-") as name:
         work = Path(name)
-        np.savez(
-            work / "data.npz", val_images=data.val.images, val_labels=data.val.labels, test_images=data.test.images,
-            test_labels=data.test.labels,
-            **{f"{i}_val": c.val_predictions for i, c in enumerate(candidates)},  # type: ignore[arg-type]
-            **{f"{i}_test": c.test_predictions for i, c in enumerate(candidates)},  # type: ignore[arg-type]
-        )  # fmt: skip
         request = {
-            "folders": [str(c.folder) for c in candidates], "dense": str(dense), "data": str(work / "data.npz"),
+            "folders": [str(c.folder) for c in candidates], "dense": str(dense),
+            "splits": {"val": in_process(data.val), "test": in_process(data.test)},
+            "predictions": {
+                "val": [c.val_predictions for c in candidates], "test": [c.test_predictions for c in candidates]
+            },
             "rounds": rounds, "batch_size": batch_size, "out": str(work / "out.json"),
         }  # fmt: skip
-        (work / "request.json").write_text(json.dumps(request))
+        (work / "request").write_bytes(pickle.dumps(request))  # from this process to its own child
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNE_", "OMP_", "PYTHONSTARTUP"))}
         done = subprocess.run(
-            [sys.executable, "-m", "raydeep.deploy.verify", str(work / "request.json")],
+            [sys.executable, "-m", "raydeep.deploy.verify", str(work / "request")],
             env=clean, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode or not (work / "out.json").exists():
@@ -89,11 +90,12 @@ def _main(request_path: str) -> None:
     from raydeep.model import artifact
 
     torch.set_num_threads(1)
-    request = json.loads(Path(request_path).read_text())
-    data = np.load(request["data"])
+    request = pickle.loads(Path(request_path).read_bytes())
+    splits: dict[str, Split] = request["splits"]
     folders = [Path(f) for f in request["folders"]]
     dense = Path(request["dense"])
-    example = np.ascontiguousarray(data["test_images"][: request["batch_size"]])
+    few = np.arange(min(request["batch_size"], len(splits["test"].labels)))
+    [example] = splits["test"].read([[few]])
     timed = [dense, *(folder for folder in folders if folder != dense)]  # the dense model's ratio to itself is 1
     times = dict(zip(timed, latencies(timed, example, request["rounds"]), strict=True))
     dense_bytes = (dense / "model.safetensors").stat().st_size
@@ -106,14 +108,13 @@ def _main(request_path: str) -> None:
             "dense_bytes": dense_bytes,
             "rows": 0, "packed_differ": 0, "onnx_differ": 0,
         }  # fmt: skip
-        for split in ("val", "test"):
-            images, labels = data[f"{split}_images"], data[f"{split}_labels"]
-            packed, onnx = _packed_predictions(folder, images), _onnx_predictions(folder, images)
-            facts["rows"] += len(labels)
-            facts["packed_differ"] += int((packed != data[f"{i}_{split}"]).sum())
+        for name, split in splits.items():
+            packed, onnx = _packed_predictions(folder, split), _onnx_predictions(folder, split)
+            facts["rows"] += len(split.labels)
+            facts["packed_differ"] += int((packed != request["predictions"][name][i]).sum())
             facts["onnx_differ"] += int((onnx != packed).sum())
-            facts[f"{split}_accuracy"] = float((packed == labels).mean())
-            facts[f"{split}_accuracy_onnx"] = float((onnx == labels).mean())
+            facts[f"{name}_accuracy"] = float((packed == split.labels).mean())
+            facts[f"{name}_accuracy_onnx"] = float((onnx == split.labels).mean())
         facts["verified"] = (
             facts["packed_differ"] == 0 and facts["onnx_differ"] * ONNX_ROWS_PER_DIFFERENCE <= facts["rows"]
         )
@@ -131,19 +132,21 @@ def _main(request_path: str) -> None:
     Path(request["out"]).write_text(json.dumps(out))
 
 
-def _packed_predictions(folder: Path, images: np.ndarray) -> np.ndarray:
+def _packed_predictions(folder: Path, split: Split) -> np.ndarray:
     from raydeep.compress import pack
-    from raydeep.data.resident import Pixels, eval_batches
+    from raydeep.data.batches import eval_batches
     from raydeep.model import artifact
 
     spec, tensors = pack.unpack((folder / "model.rdz").read_bytes())
-    pixels = Pixels(images, np.zeros(len(images), np.int64))
-    return artifact.predict(artifact.thaw(spec, tensors), eval_batches(pixels, spec["mean"], spec["std"], BATCH))
+    batches = eval_batches(split, spec["mean"], spec["std"], BATCH)
+    return artifact.predict(artifact.thaw(spec, tensors), (micro.images for micro in batches))
 
 
-def _onnx_predictions(folder: Path, images: np.ndarray) -> np.ndarray:
+def _onnx_predictions(folder: Path, split: Split) -> np.ndarray:
+    from raydeep.data.resident import in_order
+
     run = open_onnx(folder / "model.onnx")
-    return np.concatenate([run(images[i : i + BATCH]).argmax(1) for i in range(0, len(images), BATCH)])
+    return np.concatenate([run(images).argmax(1) for images in split.read([in_order(len(split.labels), BATCH)])])
 
 
 def open_onnx(path: Path) -> Any:

@@ -168,10 +168,10 @@ def thaw(spec: dict[str, Any], tensors: Tensors) -> nn.Module:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> np.ndarray:
-    """Predicted classes over batches of (inputs NCHW, labels): int64 of shape [rows]."""
+def predict(model: nn.Module, inputs: Iterable[torch.Tensor]) -> np.ndarray:
+    """Predicted classes over batches of inputs NCHW: int64 of shape [rows]."""
     model.eval()
-    return np.concatenate([model(images).argmax(1).cpu().numpy() for images, _ in batches])
+    return np.concatenate([model(x).argmax(1).cpu().numpy() for x in inputs])
 
 
 def _fold(tensors: Tensors, conv: str, bn: nn.Module) -> None:

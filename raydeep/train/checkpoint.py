@@ -24,29 +24,41 @@ class Checkpoint(NamedTuple):
     """What a checkpoint holds."""
 
     epoch: int  # epochs finished
+    step: int  # steps of the next one that are done
+    loss_sum: float  # of those steps, over all workers
     model: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
 
 
-def save(folder: Path, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
-    """Write `folder/epoch-NNNNN`, then drop all but the newest KEEP."""
-    state = optimizer.state_dict()
+class Moment(NamedTuple):
+    """Where in a training a checkpoint is taken."""
+
+    epoch: int
+    step: int
+    loss_sum: float
+    global_step: int
+
+
+def save(folder: Path, moment: Moment, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+    """Write `folder/step-NNNNNNNNN` (of all steps), then drop all but the newest KEEP."""
+    own = optimizer.state_dict()
     tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     plain: dict[str, dict[str, Any]] = {}
-    for index, entry in state["state"].items():
+    for index, entry in own["state"].items():
         for key, value in entry.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"optim.{index}.{key}"] = value.detach().cpu().contiguous()
             else:
                 plain.setdefault(str(index), {})[key] = value
-    final = folder / f"epoch-{epoch:05d}"
+    final = folder / f"step-{moment.global_step:09d}"
     aside = folder / f".{final.name}.{os.getpid()}.{secrets.token_hex(3)}.part"
     aside.mkdir(parents=True)
     try:
         write_bytes(aside / "tensors.safetensors", save_tensors(tensors))
-        groups = [{k: v for k, v in g.items() if _plain(v)} for g in state["param_groups"]]
+        groups = [{k: v for k, v in g.items() if _plain(v)} for g in own["param_groups"]]
         digest = sha256_file(aside / "tensors.safetensors")
-        write_json(aside / "state.json", {"epoch": epoch, "groups": groups, "plain": plain, "sha256": digest})
+        state = {**moment._asdict(), "groups": groups, "plain": plain, "sha256": digest}
+        write_json(aside / "state.json", state)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(aside, final)
     finally:
@@ -61,7 +73,7 @@ def _plain(value: Any) -> bool:
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(folder.glob("epoch-*"))
+    return sorted(folder.glob("step-*"))
 
 
 def latest(folder: Path) -> Checkpoint | None:
@@ -81,5 +93,6 @@ def latest(folder: Path) -> Checkpoint | None:
                 _, index, name = key.split(".", 2)
                 optim_state.setdefault(int(index), {})[name] = value
         model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        return Checkpoint(state["epoch"], model, {"state": optim_state, "param_groups": state["groups"]})
+        optimizer = {"state": optim_state, "param_groups": state["groups"]}
+        return Checkpoint(state["epoch"], state["step"], state["loss_sum"], model, optimizer)
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 
 from raydeep.config import Job
 from raydeep.errors import RaydeepError, ResourceError, TrainError
-from raydeep.run import Run, append_line, read_json, read_lines, usable_cores, write_json
+from raydeep.run import Run, append_line, read_json, read_lines, usable_cores, write_bytes, write_json
 from raydeep.train import sizing
 
 # Read when Ray is imported: Ray's own progress lines stay off the terminal, its train controller polls often
@@ -200,7 +201,7 @@ def _worker(config: dict[str, Any]) -> None:
     import torch
 
     from raydeep.data.augment import Augmenter
-    from raydeep.data.resident import Batches, eval_batches
+    from raydeep.data.batches import Batches, eval_batches
     from raydeep.model import artifact
     from raydeep.train import checkpoint, losses, parallel
     from raydeep.train.loop import fit
@@ -217,27 +218,40 @@ def _worker(config: dict[str, Any]) -> None:
         model = artifact.build(config["spec"]).to(device)
         batches = Batches(
             data.train, Augmenter(job.augment, data.mean, data.std), cfg.batch_size, job.seed,
-            rank=rank, world=world, accumulate=cfg.accumulate, device=device,
+            rank=rank, world=world, accumulate=cfg.accumulate, drop_last=cfg.drop_last, device=device,
         )  # fmt: skip
 
         def score(model: torch.nn.Module) -> Score:
             part = eval_batches(data.val, data.mean, data.std, cfg.eval_batch_size, rank, world, device)
-            return evaluate(parallel.inner(model), part, len(data.val.labels), device)
+            return evaluate(parallel.inner(model), part, len(data.val.labels), device, cfg.eval_flip)
 
         def on_epoch(metrics: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
             if rank == 0:
-                checkpoint.save(folder / "checkpoints", metrics["epoch"], model, optimizer)
                 append_line(folder / "metrics.jsonl", {"stage": "train", **metrics})
 
+        def save(moment: checkpoint.Moment, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+            if rank == 0:
+                checkpoint.save(folder / "checkpoints", moment, model, optimizer)
+
         resume = checkpoint.latest(folder / "checkpoints")
+        if rank == 0:
+            _forget(folder / "metrics.jsonl", resume.epoch if resume else 0)
         fit(
             model, losses.cross_entropy(cfg.label_smoothing), batches, cfg, seed=job.seed, evaluate=score,
-            on_epoch=on_epoch, resume=resume,
+            on_epoch=on_epoch, save=save, resume=resume,
         )  # fmt: skip
     except TrainError as err:  # raised by all workers alike: a result, not a failure to retry
         if rank == 0:
             write_json(folder / "checkpoints" / "error.json", {"error": str(err)})
     ray.train.report({"done": 1})
+
+
+def _forget(path: Path, epochs: int) -> None:
+    """Drop the lines of epochs that a resumed training does again: they were told before they were saved."""
+    lines = read_lines(path)
+    kept = [line for line in lines if line.get("stage") != "train" or line["epoch"] <= epochs]
+    if len(kept) < len(lines):
+        write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 @contextmanager

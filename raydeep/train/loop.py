@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from raydeep.data.resident import Batches
+from raydeep.data.batches import Batches
 from raydeep.errors import TrainError
 from raydeep.train import checkpoint, parallel
 from raydeep.train.losses import Loss
@@ -38,6 +38,7 @@ def fit(
     evaluate: Callable[[nn.Module], Score] | None = None,
     on_epoch: Callable[[dict[str, Any], nn.Module, torch.optim.Optimizer], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    save: Callable[[checkpoint.Moment, nn.Module, torch.optim.Optimizer], None] | None = None,
     resume: checkpoint.Checkpoint | None = None,
 ) -> list[dict[str, Any]]:
     """Train a model in place.
@@ -56,6 +57,7 @@ def fit(
         evaluate: called after each epoch; every worker must take part.
         on_epoch: called after each epoch with its metrics, the model and the optimizer.
         on_step: called before each step with its number and the number of steps in all.
+        save: called on every worker at the end of each epoch, and each cfg.checkpoint_steps steps.
         resume: continue after this checkpoint.
 
     Returns:
@@ -80,50 +82,66 @@ def fit(
     wrapped = parallel.wrap(model, device)
     total = epochs * batches.steps_per_epoch
     warmup = min(int(cfg.warmup_epochs * batches.steps_per_epoch), total // 2)
-    history = []
-    for epoch in range(resume.epoch if resume else 0, epochs):
-        torch.manual_seed((seed * 1_000_003 + epoch) * 4099 + rank)
-        model.train()
-        start = time.perf_counter()
-        loss_sum = torch.zeros(1, dtype=torch.float64, device=device)
-        step = epoch * batches.steps_per_epoch
-        for micros in batches.epoch(epoch):
-            if on_step is not None:
-                on_step(step, total)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * lr_factor(step, total, warmup)
-            for i, micro in enumerate(micros):
-                with parallel.no_sync(wrapped, i + 1 < len(micros)):
-                    with _precision(cfg, device):
-                        rows = loss(wrapped(micro.images), micro)
-                    total_loss = rows.sum() / batches.batch_size
-                    (total_loss * world).backward()  # DDP averages over the workers
-                    loss_sum += total_loss.detach()
-            _check_finite(model, cfg, lr, epoch, step, device)
-            if cfg.clip_norm is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-        train_s = time.perf_counter() - start
-        mean_loss = parallel.all_sum(loss_sum).item() / batches.steps_per_epoch
-        metrics: dict[str, Any] = {
-            "epoch": epoch + 1,
-            "epochs": epochs,
-            "step": step,
-            "train_loss": mean_loss,
-            "lr": optimizer.param_groups[0]["lr"],
-            "seconds": train_s,
-            "images_per_s": batches.steps_per_epoch * batches.batch_size / train_s,
-            "order_hash": batches.order_hash(epoch),
-        }
-        if evaluate is not None:
-            parallel.sync_buffers(model)
-            score = evaluate(model)
-            metrics |= {"val_loss": score.loss, "val_accuracy": score.accuracy, "val_rows": score.rows}
-        history.append(metrics)
-        if on_epoch is not None:
-            on_epoch(metrics, model, optimizer)
+    history: list[dict[str, Any]] = []
+    with closing(batches):
+        for epoch in range(resume.epoch if resume else 0, epochs):
+            model.train()
+            start = time.perf_counter()
+            loss_sum = torch.zeros(1, dtype=torch.float64, device=device)
+            first = resume.step if resume and resume.epoch == epoch else 0
+            if first and resume and rank == 0:
+                loss_sum += resume.loss_sum
+            step = epoch * batches.steps_per_epoch + first
+            for micros in batches.epoch(epoch, first, epochs):
+                torch.manual_seed((seed * 1_000_003 + step) * 4099 + rank)  # a step, so that a resume draws alike
+                if on_step is not None:
+                    on_step(step, total)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * lr_factor(step, total, warmup)
+                with batches.meter("step"):
+                    for i, micro in enumerate(micros):
+                        with parallel.no_sync(wrapped, i + 1 < len(micros)):
+                            with _precision(cfg, device):
+                                rows = loss(wrapped(micro.images), micro)
+                            total_loss = rows[: micro.valid].sum() / batches.step_rows(step)
+                            (total_loss * world).backward()  # DDP averages over the workers
+                            loss_sum += total_loss.detach()
+                    _check_finite(model, cfg, lr, epoch, step, device)
+                    if cfg.clip_norm is not None:
+                        nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                step += 1
+                inside = step - epoch * batches.steps_per_epoch
+                due = cfg.checkpoint_steps and step % cfg.checkpoint_steps == 0
+                if save is not None and due and inside < batches.steps_per_epoch:
+                    so_far = parallel.all_sum(loss_sum.clone()).item()
+                    save(checkpoint.Moment(epoch, inside, so_far, step), model, optimizer)
+            train_s = time.perf_counter() - start
+            mean_loss = parallel.all_sum(loss_sum).item() / batches.steps_per_epoch
+            done = sum(batches.step_rows(s) for s in range(first, batches.steps_per_epoch))
+            metrics: dict[str, Any] = {
+                "epoch": epoch + 1,
+                "epochs": epochs,
+                "step": step,
+                "train_loss": mean_loss,
+                "lr": optimizer.param_groups[0]["lr"],
+                "seconds": train_s,
+                "images_per_s": done / train_s,
+                "order_hash": batches.order_hash(epoch),
+                "device": device.type,
+                "meter": batches.meter.take(),
+                "first_batch_s": batches.meter.first_batch_s if not history else None,
+            }
+            if evaluate is not None:
+                parallel.sync_buffers(model)
+                score = evaluate(model)
+                metrics |= {"val_loss": score.loss, "val_accuracy": score.accuracy, "val_rows": score.rows}
+            history.append(metrics)
+            if on_epoch is not None:
+                on_epoch(metrics, model, optimizer)
+            if save is not None:
+                save(checkpoint.Moment(epoch + 1, 0, 0.0, step), model, optimizer)
     return history
 
 

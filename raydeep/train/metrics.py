@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from raydeep.data.resident import Micro
+from raydeep.data.batches import Micro
 from raydeep.train import parallel
 
 
@@ -23,7 +23,9 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Micro], rows: int, device: torch.device | str = "cpu") -> Score:
+def evaluate(
+    model: nn.Module, batches: Iterable[Micro], rows: int, device: torch.device | str = "cpu", flip: bool = False
+) -> Score:
     """Accuracy and loss over this worker's batches, summed over all workers.
 
     Args:
@@ -31,12 +33,15 @@ def evaluate(model: nn.Module, batches: Iterable[Micro], rows: int, device: torc
         batches: this worker's part of the split.
         rows: of the whole split; asserted.
         device: where the sums are kept.
+        flip: average the logits of each picture and its mirror image (test-time augmentation).
     """
     training = model.training
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for micro in batches:
         logits = model(micro.images).float()
+        if flip:
+            logits = (logits + model(micro.images.flip(3)).float()) / 2
         sums[0] += (logits.argmax(1) == micro.labels).sum()
         sums[1] += F.cross_entropy(logits, micro.labels, reduction="sum")
         sums[2] += len(micro.labels)
