@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydeep.config import Job
-from raydeep.errors import DataError, ModelError, RaydeepError
+from raydeep.errors import ModelError, RaydeepError
+from raydeep.ops import datasets
 from raydeep.ops.console import Ui
 from raydeep.run import Run, read_json, read_lines, sha256_file, write_json
 
@@ -19,34 +20,6 @@ if TYPE_CHECKING:
     from raydeep.data.shards import Manifest
     from raydeep.deploy.verify import Candidate
     from raydeep.train.sizing import Plan
-
-
-def prepare(job: Job, ui: Ui) -> Manifest:
-    """Shard the job's source if need be, and check that job, data and network go together."""
-    from raydeep.data import shards, splits
-
-    with ui.stage("data") as stage:
-        storage = Path(job.storage).expanduser().resolve()
-        if storage.exists() and not storage.is_dir():
-            raise DataError(f"storage: can't make run folders in {storage}: it is a file; set storage=FOLDER")
-        manifest = shards.prepare(job.data, storage, lambda done, total: stage.update(done, total, "pictures"))
-        resident = splits.is_resident(manifest, job.data)
-        counts = manifest.splits["train"]["class_counts"]
-        limit = job.data.limit_per_class or max(counts)
-        rows = sum(min(count, limit) for count in counts)
-        for key, batch in (("train", job.train.batch_size), ("recover", job.recover.batch_size or 1)):
-            if batch > rows:
-                most = f"larger than the train split of {rows:,} rows; lower it to at most {rows}"
-                raise DataError(f"{key}.batch_size {batch} is {most}")
-        height, width, channels = manifest.shape(job.data)
-        stage.text = (
-            f"{rows:,} train, {manifest.rows('val'):,} val, {manifest.rows('test'):,} test pictures of "
-            f"{height}×{width}×{channels}, {len(manifest.classes)} classes"
-            f"{'' if resident else ', streamed'}"
-        )
-        if manifest.quarantined:
-            stage.text += f"; {manifest.quarantined} in quarantine ({manifest.path / 'quarantine.jsonl'})"
-    return manifest
 
 
 @dataclass
@@ -68,7 +41,7 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: 
     from raydeep.model import artifact
     from raydeep.train import launch
 
-    manifest = prepare(job, ui)
+    manifest = datasets.prepare(job, ui)
     spec = artifact.make_spec(
         job.model.name, job.model.args, manifest.classes, manifest.shape(job.data), manifest.mean, manifest.std
     )
@@ -146,6 +119,7 @@ def train_dense(session: Session) -> Dense:
             f"{job.model.name}: {result.test_accuracy:.2%} test, {result.val_accuracy:.2%} val accuracy after "
             f"{last.epoch} epochs"
         )
+    datasets.say_input(job, run, session.manifest, ui)
     return plan.Dense(*artifact.load_model(folder))
 
 

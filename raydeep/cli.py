@@ -23,6 +23,7 @@ app = typer.Typer(
 JobFile = Annotated[Path | None, typer.Argument(help="Job file (YAML); see jobs/")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: section.key=value")]
 Resume = Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run folder")]
+Download = Annotated[bool, typer.Option("--download", help="Let torchvision fetch the dataset if it is not there")]
 From = Annotated[
     Path | None, typer.Option("--from", metavar="RUN", help="Start from the dense model of this run or model folder")
 ]
@@ -43,7 +44,13 @@ def _main(
     pass
 
 
-def _run_stage(stage: str, job: Path | None, sets: list[str] | None, resume: Path | None, start: Path | None) -> None:
+def _sets(sets: list[str] | None, download: bool) -> list[str]:
+    return [*(sets or []), *(["data.download=true"] if download else [])]
+
+
+def _run_stage(
+    stage: str, job: Path | None, sets: list[str] | None, resume: Path | None, start: Path | None, download: bool
+) -> None:
     from raydeep import api
     from raydeep.config import load_job
     from raydeep.errors import JobError
@@ -57,7 +64,7 @@ def _run_stage(stage: str, job: Path | None, sets: list[str] | None, resume: Pat
     ui = Ui()
     command = shlex.join(["raydeep", *sys.argv[1:]])
     run = Run.open(resume) if resume is not None else None
-    resolved = run.job if run is not None else load_job(job or "", sets or [])
+    resolved = run.job if run is not None else load_job(job or "", _sets(sets, download))
     try:
         if stage == "train":
             api.train(resolved, command, ui, resume=run)
@@ -71,46 +78,104 @@ def _run_stage(stage: str, job: Path | None, sets: list[str] | None, resume: Pat
 
 
 @app.command()
-def train(job: JobFile = None, sets: Sets = None, resume: Resume = None) -> None:
+def train(job: JobFile = None, sets: Sets = None, resume: Resume = None, download: Download = False) -> None:
     """Train the dense model of a job on Ray Train."""
-    _run_stage("train", job, sets, resume, None)
+    _run_stage("train", job, sets, resume, None, download)
 
 
 @app.command()
-def compress(job: JobFile = None, sets: Sets = None, resume: Resume = None, start: From = None) -> None:
+def compress(
+    job: JobFile = None, sets: Sets = None, resume: Resume = None, start: From = None, download: Download = False
+) -> None:
     """Compress once, as the job says; no search."""
-    _run_stage("compress", job, sets, resume, start)
+    _run_stage("compress", job, sets, resume, start, download)
 
 
 @app.command()
-def search(job: JobFile = None, sets: Sets = None, resume: Resume = None, start: From = None) -> None:
+def search(
+    job: JobFile = None, sets: Sets = None, resume: Resume = None, start: From = None, download: Download = False
+) -> None:
     """Search for the Pareto front; export and report it."""
-    _run_stage("search", job, sets, resume, start)
+    _run_stage("search", job, sets, resume, start, download)
 
 
 @app.command()
 def shard(
-    source: Annotated[str, typer.Argument(help="digits, synthetic, or a folder of class folders or Parquet files")],
+    source: Annotated[
+        str,
+        typer.Argument(help="digits, synthetic, torchvision:NAME (in --set data.path=ROOT), a folder or its address"),
+    ],
     out: Annotated[Path, typer.Argument(help="New dataset folder")],
     sets: Sets = None,
+    resize: Annotated[int | None, typer.Option(help="Store pictures at this side: scaled, centre cropped")] = None,
+    store: Annotated[str | None, typer.Option(help="encoded (files) or decoded (pixels)")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Tasks at once; one a core unless given")] = None,
+    download: Download = False,
 ) -> None:
-    """Write a dataset as Parquet shards with a manifest."""
+    """Write a dataset as Parquet shards with a manifest: a Ray Data job that goes on where it was killed."""
     from raydeep.config import parse_sets
-    from raydeep.data import shards
+    from raydeep.data.guess import source_of
+    from raydeep.ops import datasets
     from raydeep.ops.console import Ui
 
-    if source in ("digits", "synthetic"):
-        found = {"source": source}
+    overrides = _sets(sets, download)
+    overrides += [f"data.{key}={value}" for key, value in (("resize", resize), ("store", store)) if value is not None]
+    job = parse_sets({"data": source_of(source, overrides)}, overrides)
+    try:
+        datasets.shard(job, out, workers, Ui())
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on where it was", err=True)
+        raise typer.Exit(_STOPPED[-1]) from None
+
+
+data_app = typer.Typer(no_args_is_help=True, help="Look into a dataset, or check that it is whole.")
+app.add_typer(data_app, name="data")
+Folder = Annotated[Path, typer.Argument(help="Dataset folder, with dataset.json")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object")]
+
+
+@data_app.command()
+def info(path: Folder, as_json: AsJson = False) -> None:
+    """Counts, class balance, sizes and hash of a dataset."""
+    from raydeep.data import inspection, shards
+    from raydeep.ops import datasets
+    from raydeep.ops.console import Ui
+
+    facts = inspection.info(shards.load_manifest(path))
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
     else:
-        kind = "parquet" if any(Path(source).expanduser().glob("*.parquet")) else "folder"
-        found = {"source": kind, "path": source}
-    job = parse_sets({"data": found}, sets or [])
-    ui = Ui()
-    with ui.stage("shard") as stage:
-        manifest = shards.write_dataset(job.data, out, lambda done, total: stage.update(done, total, "pictures"))
-        rows = ", ".join(f"{manifest.rows(split):,} {split}" for split in manifest.splits)
-        stage.text = f"{rows}, {len(manifest.classes)} classes, {manifest.quarantined} in quarantine"
-    ui.say(f"dataset    {out}")
+        datasets.show_info(facts, Ui())
+
+
+@data_app.command()
+def verify(path: Folder, as_json: AsJson = False) -> None:
+    """Read a dataset whole: hashes, labels, every picture; pictures that stand in two splits."""
+    from raydeep.ops import datasets
+    from raydeep.ops.console import Ui
+
+    found = datasets.verify(path, Ui(), quiet=as_json)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    if found["problems"]:
+        raise typer.Exit(2)
+
+
+@app.command()
+def preview(
+    job: Annotated[Path, typer.Argument(help="Job file (YAML); see jobs/")],
+    out: Annotated[Path, typer.Option(help="The picture to write")] = Path("preview.png"),
+    rows: Annotated[int, typer.Option(min=1, max=64, help="Pictures of train that are shown")] = 8,
+    columns: Annotated[int, typer.Option(min=2, max=16, help="The original and its augmented versions")] = 7,
+    sets: Sets = None,
+    download: Download = False,
+) -> None:
+    """Draw pictures of train beside what training makes of them."""
+    from raydeep.config import load_job
+    from raydeep.ops import datasets
+    from raydeep.ops.console import Ui
+
+    datasets.preview(load_job(job, _sets(sets, download)), out, rows, columns, Ui())
 
 
 @app.command()

@@ -161,7 +161,7 @@ def test_a_user_who_stops_a_command_is_told_how_to_go_on(train, monkeypatch):
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("raydeep.api.prepare", stop)
+    monkeypatch.setattr("raydeep.ops.datasets.prepare", stop)
     said = train()
     assert said.code == 130
     assert "stopped; go on with --resume" in said.err

@@ -1,16 +1,22 @@
-"""The dataset commands as a terminal shows them: shard, info, verify, preview."""
+"""What is done with datasets: prepare one for a job, shard, preview, info, verify, as a terminal shows it."""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raydeep.config import Job
 from raydeep.errors import DataError
 from raydeep.ops.console import Stage, Ui
+from raydeep.run import Run, memory_bytes, read_lines, usable_cores
 
 if TYPE_CHECKING:
     from raydeep.data.inspection import Report
+    from raydeep.data.sharding import Runner
+    from raydeep.data.shards import Manifest
 
 SHOWN = 10  # problems or pairs that are printed
 
@@ -27,6 +33,119 @@ def rate(stage: Stage, what: str = "pictures") -> Callable[[int, int], None]:
         stage.update(done, total, f"{what}, {speed:,.0f}/s{left}")
 
     return tell
+
+
+def prepare(job: Job, ui: Ui) -> Manifest:
+    """Shard the job's source if need be, and check that job, data and network go together."""
+    from raydeep.data import shards, splits
+
+    with ui.stage("data") as stage:
+        storage = Path(job.storage).expanduser().resolve()
+        if storage.exists() and not storage.is_dir():
+            raise DataError(f"storage: can't make run folders in {storage}: it is a file; set storage=FOLDER")
+        run = _runner(job, None, storage / "datasets")
+        manifest = shards.prepare(job.data, storage, rate(stage), run)
+        resident = splits.is_resident(manifest, job.data)
+        counts = manifest.splits["train"]["class_counts"]
+        limit = job.data.limit_per_class or max(counts)
+        rows = sum(min(count, limit) for count in counts)
+        for key, batch in (("train", job.train.batch_size), ("recover", job.recover.batch_size or 1)):
+            if batch > rows:
+                most = f"larger than the train split of {rows:,} rows; lower it to at most {rows}"
+                raise DataError(f"{key}.batch_size {batch} is {most}")
+        height, width, channels = manifest.shape(job.data)
+        stage.text = (
+            f"{rows:,} train, {manifest.rows('val'):,} val, {manifest.rows('test'):,} test pictures of "
+            f"{height}×{width}×{channels}, {len(manifest.classes)} classes"
+            f"{'' if resident else ', streamed'}"
+        )
+        if manifest.quarantined:
+            stage.text += f"; {manifest.quarantined} in quarantine ({manifest.path / 'quarantine.jsonl'})"
+    return manifest
+
+
+def _runner(job: Job, workers: int | None, folder: Path) -> Runner:
+    """Runs the tasks of sharding: on Ray where a split has more than one; a single one gains nothing from it."""
+    from raydeep.data import sharding
+    from raydeep.data.sources import SPLITS
+
+    def run(work: sharding.Work, tasks: Sequence[sharding.Task], tell: Callable[[int], None]) -> None:
+        if len(tasks) <= len(SPLITS):
+            sharding.one_by_one(work, tasks, tell)
+            return
+        from raydeep.train import launch
+
+        with launch.cluster(job, folder / f"{job.data.source.replace(':', '-')}.ray.log"):
+            from raydeep.data import stream
+
+            at_once = workers if workers or os.environ.get("RAY_ADDRESS") else usable_cores()
+            stream.runner(at_once)(work, tasks, tell)
+
+    return run
+
+
+def shard(job: Job, out: Path, workers: int | None, ui: Ui) -> Manifest:
+    """Write the dataset of a job's data section.
+
+    Args:
+        job: the job.
+        out: the new folder.
+        workers: tasks at once; None: one a core.
+        ui: the terminal.
+    """
+    from raydeep.data import shards
+
+    with ui.stage("shard") as stage:
+        run = _runner(job, workers, out.resolve().parent)
+        manifest = shards.write_dataset(job.data, out, rate(stage), run)
+        rows = ", ".join(f"{manifest.rows(split):,} {split}" for split in manifest.splits)
+        stage.text = f"{rows}, {len(manifest.classes)} classes, {manifest.quarantined} in quarantine"
+    ui.say(f"dataset    {out}")
+    return manifest
+
+
+def preview(job: Job, out: Path, rows: int, columns: int, ui: Ui) -> Path:
+    """Draw a few pictures of train beside what training makes of them.
+
+    Args:
+        job: the job.
+        out: the picture to write, PNG.
+        rows: pictures of train.
+        columns: the original and its versions in the first epochs.
+        ui: the terminal.
+    """
+    from raydeep.data import splits
+    from raydeep.data.augment import Augmenter
+    from raydeep.data.preview import contact_sheet
+    from raydeep.run import atomic
+
+    manifest = prepare(job, ui)
+    train = splits.streamed(manifest, job.data, "train")
+    chosen = train.order(job.seed, 0, job.train.batch_size)[:rows]
+    [images] = train.read([[chosen]])
+    mean, std = manifest.mean, manifest.std
+    if len(mean) != train.shape[2]:
+        mean, std = [0.5] * train.shape[2], [0.25] * train.shape[2]  # taken off again when drawn
+    sheet = contact_sheet(
+        images, train.labels[chosen], manifest.classes, Augmenter(job.augment, mean, std), job.seed, columns
+    )
+    with atomic(out) as aside:
+        sheet.save(aside, "PNG")
+    ui.say(f"preview    {out}")
+    return out
+
+
+def say_input(job: Job, run: Run, manifest: Manifest, ui: Ui) -> None:
+    """One line: was the training of a run bound by its input?"""
+    from raydeep.data import meter, splits
+
+    rows = [row for row in read_lines(run.path / "metrics.jsonl") if row.get("stage") == "train"]
+    if rows:
+        cfg = job.data
+        cache = "resident" if splits.is_resident(manifest, cfg) else "stream"
+        text = meter.verdict(rows, cache, splits.decoded_bytes(manifest, cfg), memory_bytes())
+        run.note(input=text)
+        ui.say(f"  input      {text}")
 
 
 def show_info(facts: dict[str, Any], ui: Ui) -> None:
@@ -53,12 +172,21 @@ def show_info(facts: dict[str, Any], ui: Ui) -> None:
         ui.say(f"the largest class of train has {ratio:.1f} times the pictures of the smallest")
 
 
-def show_report(report: Report, ui: Ui) -> None:
-    """Print what inspection.verify found.
+def verify(path: Path, ui: Ui, quiet: bool) -> dict[str, Any]:
+    """Verify a dataset, print what is found unless `quiet`, and give it back ready for JSON."""
+    from raydeep.data import inspection
 
-    Raises:
-        DataError: there are problems; pictures in two splits are reported, not refused.
-    """
+    if quiet:
+        report = inspection.verify(path)
+    else:
+        with ui.stage("verify") as stage:
+            report = inspection.verify(path, rate(stage))
+            stage.text = f"{len(report.problems)} problems, {len(report.pairs)} pairs of pictures in two splits"
+        _show(report, ui)
+    return {**report._asdict(), "pairs": [pair._asdict() for pair in report.pairs]}
+
+
+def _show(report: Report, ui: Ui) -> None:
     for split, count in report.repeated.items():
         if count:
             ui.say(f"{split}: {count:,} pictures stand in it more than once, pixel for pixel")
@@ -70,6 +198,7 @@ def show_report(report: Report, ui: Ui) -> None:
                 ui.say(f"  {pair.first}  =  {pair.second}")
     if not report.pairs:
         ui.say("no picture of one split found in another")
-    if report.problems:
-        more = f"; and {len(report.problems) - SHOWN:,} more" if len(report.problems) > SHOWN else ""
-        raise DataError("\n  ".join([f"{len(report.problems):,} problems:", *report.problems[:SHOWN]]) + more)
+    for problem in report.problems[:SHOWN]:
+        ui.say(f"error: {problem}")
+    if len(report.problems) > SHOWN:
+        ui.say(f"and {len(report.problems) - SHOWN:,} problems more (--json lists all)")
