@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from raydeep.data import decode, files, sources
+from raydeep.data import decode, files, shards, sources
 from raydeep.errors import DataError
 from raydeep.sections import SOURCES, Data
 
@@ -184,9 +184,8 @@ def digest(pictures: Any) -> list[str]:
 
 
 def test_a_source_reads_any_rows_in_any_order_in_another_process(put, tmp_path):
-    cfgs = [Data(source=kind, path=put("local", make())) for kind, make in KINDS.items()][-1:]
-    for kind, make in KINDS.items():
-        cfgs.append(Data(source=kind, path=put("s3", make())))
+    cfgs = [Data(source=kind, path=put("s3", make())) for kind, make in KINDS.items()]
+    cfgs.append(Data(source="webdataset", path=put("local", as_webdataset())))
     cfgs += [Data(), Data(source="synthetic", rows=20)]
     write_mnist(tmp_path / "mnist")
     cfgs.append(Data(source="torchvision:MNIST", path=str(tmp_path / "mnist")))
@@ -267,6 +266,18 @@ def test_what_is_made_needs_no_fingerprint():
     assert sources.fingerprint(Data()) == sources.fingerprint(Data(source="synthetic")) == []
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_from_a_bucket_are_those_from_a_folder(put, tmp_path, kind):
+    contents = KINDS[kind]()
+    hashes = []
+    for place in ("local", "s3"):
+        cfg = Data(source=kind, path=put(place, contents), val_fraction=0.2, test_fraction=0.2)
+        manifest = shards.write_dataset(cfg, tmp_path / place)
+        assert (manifest.classes, sum(map(manifest.rows, sources.SPLITS))) == (CLASSES, 18)
+        hashes.append(manifest.hash)
+    assert hashes[0] == hashes[1]
+
+
 # addresses
 
 
@@ -301,6 +312,12 @@ def test_an_endpoint_may_stand_in_the_address(s3, monkeypatch):
     assert next(source.read(source.rows[:1])) == PICTURES[0]
 
 
+def test_a_source_of_files_needs_a_path():
+    for kind in KINDS:
+        assert refusal(Data(source=kind)).startswith("data.path: this source needs a folder; give one with --set")
+    assert refusal(Data(source="torchvision:MNIST")).startswith("torchvision:MNIST: needs data.path")
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [
@@ -309,6 +326,7 @@ def test_an_endpoint_may_stand_in_the_address(s3, monkeypatch):
         ("nosuch://bucket/x", "expected a folder, s3://, gs:// or a scheme of fsspec"),
         ("az://bucket/x", "az:// needs a package that is missing: "),
         ("memory://nothing/there", "memory://nothing/there: no such bucket or folder"),
+        ("s3:///x", "names no bucket; expected s3://BUCKET/FOLDER"),
         ("file:///no/such/folder", "/no/such/folder is not a folder"),
     ],
 )
@@ -516,13 +534,21 @@ class Boxes:
         ("Boxes", "Boxes row 0: its target is a dict; expected a class number"),
         ("Masks", "Masks row 0: its target is a Image; expected a class number"),
         ("Wrong", "Wrong row 1: label -1; expected integers from 0, or strings"),
+        ("Yes", "Yes row 0: its target is a bool; expected a class number"),
+        ("Secret", "Secret: all labels are the same; expected 2 or more classes"),
     ],
 )
 def test_what_is_no_classification_dataset_is_refused(monkeypatch, tmp_path, name, message):
     from torchvision import datasets
 
     picture = Image.new("L", (4, 4))
-    for key, targets in (("Boxes", [{"boxes": []}]), ("Masks", [picture]), ("Wrong", [0, -1, 1])):
+    for key, targets in (
+        ("Boxes", [{"boxes": []}]),
+        ("Masks", [picture]),
+        ("Wrong", [0, -1, 1]),
+        ("Yes", [True]),
+        ("Secret", [None]),
+    ):
 
         def init(self: Any, targets: list[Any] = targets) -> None:
             self.given = targets

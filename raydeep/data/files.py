@@ -1,4 +1,4 @@
-"""Local folders and remote addresses behind one small face: list, read, read a range, open.
+"""Local folders and remote addresses behind one small face: list, read, open and seek.
 
 Local folders are read by the operating system, s3:// and gs:// by pyarrow.fs, every other scheme by fsspec. A
 `Files` is its address and nothing else, so it survives pickling; connections are made where they are used.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from raydeep.config import Data
 
 SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://(.*)", re.DOTALL)
-CONNECT_S, REQUEST_S, ATTEMPTS = 5.0, 60.0, 3  # a server that is not there is told within seconds
+CONNECT_S, REQUEST_S, ATTEMPTS, RETRY_S = 5.0, 60.0, 3, 15.0  # a server that is not there is told soon
 DANGLING, AWAY, AWAY_FOLDER, LOOP = "dangling link", "link away", "link to a folder away", "link in a circle"
 
 
@@ -93,7 +93,7 @@ class Files:
             if not stat.S_ISREG(os.stat(whole).st_mode):  # opening a pipe would wait for ever
                 raise OSError(0, "not a regular file")
             return open(whole, "rb")
-        with self._told():
+        with self._told(one=True):
             if _by_arrow(self.address):
                 system, base = _arrow(self.address)
                 return cast("BinaryIO", system.open_input_file(f"{base}/{path}"))
@@ -102,14 +102,8 @@ class Files:
 
     def read(self, path: str) -> bytes:
         """A whole file. Raises as `open` does."""
-        with self.open(path) as file, self._told():
+        with self.open(path) as file, self._told(one=True):
             return file.read()
-
-    def read_range(self, path: str, offset: int, size: int) -> bytes:
-        """A part of a file; shorter than asked for if the file ends. Raises as `open` does."""
-        with self.open(path) as file, self._told():
-            file.seek(offset)
-            return file.read(size)
 
     def picture(self, path: str) -> bytes | DataError:
         """A whole file, or why this one can't be read.
@@ -157,14 +151,14 @@ class Files:
         return DataError(f"{self.name(path)}: a link that leaves {self.name()}; copy it there")
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Turns what a remote system says about the whole address into one error that names it."""
+    def _told(self, one: bool = False) -> Iterator[None]:
+        """Turns what a remote system says into one error that names the address; `one`: unless one file is missing."""
         try:
             yield
-        except (DataError, FileNotFoundError, IsADirectoryError):
+        except DataError:
             raise
         except Exception as err:  # every back end has exceptions of its own
-            if not self.remote:
+            if not self.remote or (one and isinstance(err, (FileNotFoundError, IsADirectoryError))):
                 raise
             reason = " ".join(str(err).split())[:300] or type(err).__name__
             raise DataError(
@@ -183,8 +177,10 @@ def open_files(cfg: Data) -> Files:
     match = SCHEME.match(given)
     if match is None or match[1].lower() in ("file", "local"):
         root = os.path.expanduser(urllib.parse.unquote(match[2]) if match else given)
-        root = os.path.normpath(root) if root else "."
-        if not cfg.path or not os.path.isdir(root):
+        if not root:
+            raise DataError("data.path: this source needs a folder; give one with --set data.path=FOLDER")
+        root = os.path.normpath(root)
+        if not os.path.isdir(root):
             raise DataError(f"data.path: {root} is not a folder; give an existing one with --set data.path=FOLDER")
         return Files(root)
     files = Files(f"{match[1].lower()}://{match[2]}")
@@ -278,11 +274,13 @@ def _arrow(address: str) -> tuple[Any, str]:
             f"data.path: {url.scheme}://{url.hostname}/…: expected no more than {', '.join(sorted(known))} after "
             f"the ?; credentials belong into the environment, not into a job"
         )
+    if not url.netloc:
+        raise DataError(f"data.path: {address}: names no bucket; expected {url.scheme}://BUCKET/FOLDER")
     base = f"{url.netloc}{urllib.parse.unquote(url.path)}".rstrip("/")
     anonymous = options.get("anonymous", "") in ("true", "1")
     endpoint = options.get("endpoint_override", "")
     if url.scheme != "s3":
-        limit = datetime.timedelta(seconds=REQUEST_S)  # by default it tries for a quarter of an hour
+        limit = datetime.timedelta(seconds=RETRY_S)  # by default it tries for a quarter of an hour
         keys: dict[str, Any] = {"endpoint_override": endpoint} if endpoint else {}
         keys |= {"scheme": options["scheme"]} if "scheme" in options else {}
         return fs.GcsFileSystem(anonymous=anonymous, retry_time_limit=limit, **keys), base

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raydeep.data.decode import flat
-from raydeep.data.files import Files, open_files
-from raydeep.data.rows import Picture, Row, Source, code, labels_of_list, printable
+from raydeep.data.files import Entry, Files, open_files
+from raydeep.data.rows import SPLITS, Picture, Row, Source, code, labels_of_list, printable
 from raydeep.errors import DataError
 from raydeep.sections import TORCHVISION
 
@@ -52,19 +52,26 @@ def vision(cfg: Data) -> Source:
             raise DataError(f"{cfg.source}: torchvision reads local folders only; data.path is {files.name()}")
         root = files.address
     datasets = {split: (options, _open(name, root, options)) for split, options in _splits(cfg, root)}
-    columns = []
+    columns = {}
     for split, (_, dataset) in datasets.items():
-        columns.append(labels_of_list(partial(_where, cfg.source, split), _labels(cfg.source, split, dataset)))
+        labels = _labels(cfg.source, split, dataset)
+        if labels is not None or split in (None, "train"):
+            columns[split] = labels_of_list(partial(_where, cfg.source, split), labels or [])
     names = _names(next(iter(datasets.values()))[1])
-    classes, codes = code(cfg.source, columns, names)
+    if names is not None and set(names) <= set(SPLITS):
+        raise DataError(f"{cfg.source}: its classes are {', '.join(names)}: splits; use data.source=folder")
+    classes, codes = code(cfg.source, list(columns.values()), names)
     rows = []
-    for (split, (options, dataset)), coded in zip(datasets.items(), codes, strict=True):
+    listed: dict[str, Entry] = {}
+    for split, coded in zip(columns, codes, strict=True):
+        options, dataset = datasets[split]
         paths = _paths(dataset)
         nbytes = 0 if paths else _nbytes(dataset)
         for i, label in enumerate(coded.tolist()):
             origin = f"{name}/{split or 'all'}#{i}"
             if paths and root is not None:
-                path, size = _inside(Files(root), paths[i])
+                listed = listed or {entry.path: entry for entry in Files(root).entries()}
+                path, size = _inside(Files(root), listed, paths[i])
                 rows.append(Row(printable(f"{origin} {path}"), label, split, (path, i, options), size))
             else:
                 rows.append(Row(origin, label, split, (None, i, options), nbytes))
@@ -178,8 +185,8 @@ def _make(name: str, root: str | None, options: Options, download: bool) -> Any:
         raise DataError(f"{TORCHVISION}{name}: not to be read in {root}: {reason}; {mend}") from None
 
 
-def _labels(source: str, split: str | None, dataset: Any) -> list[Any]:
-    """One class number a row."""
+def _labels(source: str, split: str | None, dataset: Any) -> list[Any] | None:
+    """One class number a row. None: it has no targets (some test splits are kept secret)."""
     given = next((v for v in (getattr(dataset, key, None) for key in LABELS) if _is_column(v, len(dataset))), None)
     if given is None:
         given = []
@@ -189,6 +196,8 @@ def _labels(source: str, split: str | None, dataset: Any) -> list[Any]:
             except Exception as err:  # a broken picture: its label is not to be had apart
                 raise DataError(f"{_where(source, split, i)}: can't be read: {err or type(err).__name__}") from None
             given.append(item[1] if isinstance(item, tuple) and len(item) == 2 else item)
+            if i == 0 and given[0] is None:
+                return None
             _whole(source, split, i, given[i])  # an object detection dataset is told at its first row
     return [_whole(source, split, i, label) for i, label in enumerate(given)]
 
@@ -230,12 +239,13 @@ def _paths(dataset: Any) -> list[str] | None:
     return None
 
 
-def _inside(files: Files, path: str) -> tuple[str, int]:
-    """A path relative to the root, and its size."""
+def _inside(files: Files, listed: dict[str, Entry], path: str) -> tuple[str, int]:
+    """A path relative to the root, and the size of the file."""
     inner = files.inside(os.path.normpath(path))
     if inner is None:
         raise DataError(f"{path}: not below {files.name()}; copy it there")
-    return inner, files.probe(inner) or 0
+    entry = listed.get(inner)
+    return inner, entry.size if entry is not None and not entry.fault else files.probe(inner) or 0
 
 
 def _nbytes(dataset: Any) -> int:
