@@ -95,6 +95,23 @@ def webp_canvas(side: int) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+def webp_lossless(side: int) -> bytes:
+    """A WebP without a canvas chunk: the size stands in the stream itself."""
+    body = b"\x2f" + ((side - 1) | (side - 1) << 14).to_bytes(4, "little") + bytes(9)
+    return b"RIFF" + struct.pack("<I", 12 + len(body)) + b"WEBPVP8L" + struct.pack("<I", len(body)) + body
+
+
+def tiled_tiff(side: int) -> bytes:
+    """A TIFF of 16×16 pixels in one tile of side × side, LZW."""
+    tags = [
+        (256, 3, 16), (257, 3, 16), (258, 3, 8), (259, 3, 5), (262, 3, 1), (277, 3, 1),
+        (322, 4, side), (323, 4, side), (324, 4, 200), (325, 4, 20),
+    ]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    return data.ljust(200, b"\0") + b"\x80\x00\x40" + bytes(17)
+
+
 def black(shape: tuple[int, ...]) -> np.ndarray:
     return np.zeros(shape, np.uint8)
 
@@ -162,6 +179,11 @@ PICTURES = [
     Picture("wide.png", png(2_000_000_000, 1), "pixels"),
     Picture("just-too-large.png", encode(black((101, 100))), "100×101 pixels, more than 10,000 (data.max_pixels)"),
     Picture("bomb.gif", tiled_gif(60_000, 60_000), "pixels"),
+    Picture("bomb-lossless.webp", webp_lossless(16_000), "16000×16000 pixels"),
+    Picture(
+        "bomb-lossy.webp", encode(SMOOTH, "WEBP").replace(struct.pack("<HH", 40, 32), b"\xff\x3f" * 2), "16383×16383"
+    ),
+    Picture("bomb-tile.tiff", tiled_tiff(40_000), "40000×40000 pixels"),
     Picture("bomb.webp", webp_canvas(16_000), "16000×16000 pixels"),
     Picture(
         "bomb.bmp",
@@ -501,6 +523,10 @@ TABLES = [
         "parquet-no-path", "t.parquet", parquet_bytes(image=["a.png", None], label=[0, 1]), f"row 1: path None; {PATH}"
     ),
     Table("parquet-torn", "t.parquet", parquet_bytes(image=["a.png"], label=[0])[:-7], "not readable as Parquet"),
+    Table(
+        "half-a-character", "t.jsonl", b'{"image": "\\ud800.png", "label": 0}\n{"image": "b.png", "label": 1}\n', PATH
+    ),
+    Table("half-a-label", "t.jsonl", b'{"image": "a.png", "label": "\\ud800"}\n', "label '\\ud800'; expected strings"),
     Table("not-named", "t.csv", lines("a.png,cat"), "name an existing table", {"labels": "other.csv"}),
     Table("away", "t.csv", lines("a.png,cat"), "data.labels: ../t.csv is not below", {"labels": "../t.csv"}),
     Table(

@@ -19,7 +19,7 @@ MAX_PIXELS = 64 * 2**20
 # Only what decodes in this process from its own bytes: EPS, say, would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 FIRST_BYTES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
-ORIENTATION = 0x0112
+ORIENTATION, TILE_WIDTH, TILE_HEIGHT = 0x0112, 0x0142, 0x0143
 GREY_MODES = ("1", "L", "LA", "La", "F")
 CHANNELS = {"grey": 1, "rgb": 3}
 
@@ -59,6 +59,7 @@ def _decode(data: bytes, max_pixels: int) -> tuple[ImageFile, Image.Image]:
             _check_size(*_webp_size(data), max_pixels)
             source = Image.open(io.BytesIO(data), formats=FORMATS)
             _check_size(source.width, source.height, max_pixels)
+            _check_tiles(source, max_pixels)
             source.load()
             turned = source.getexif().get(ORIENTATION, 1) in range(2, 9)
             return source, flat(ImageOps.exif_transpose(source) if turned else source)
@@ -80,10 +81,22 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-    """Canvas of an extended WebP, for Pillow allocates it when it opens the file; 0, 0 for all else."""
-    if data[:4] != b"RIFF" or data[8:16] != b"WEBPVP8X" or len(data) < 30:
+    """What the header of a WebP says, for Pillow allocates the canvas when it opens the file; 0, 0 for all else."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
         return 0, 0
-    return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if data[12:16] == b"VP8X":
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if data[12:16] == b"VP8L":
+        both = int.from_bytes(data[21:25], "little")
+        return (both & 0x3FFF) + 1, (both >> 14 & 0x3FFF) + 1
+    return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+
+
+def _check_tiles(source: ImageFile, max_pixels: int) -> None:
+    """A TIFF of few pixels may be cut into tiles of many, and one tile is decoded whole."""
+    if source.format == "TIFF":
+        tags = getattr(source, "tag_v2", {})
+        _check_size(int(tags.get(TILE_WIDTH, 0)), int(tags.get(TILE_HEIGHT, 0)), max_pixels)
 
 
 def flat(image: Image.Image) -> Image.Image:

@@ -13,11 +13,12 @@ import posixpath
 import re
 import stat
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from raydeep.data.rows import Picture, Row, printable
 from raydeep.errors import DataError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Files:
     def name(self, path: str = "") -> str:
         """A file's whole name, for people."""
         root = self.address.split("?")[0] if self.remote else self.address
-        return f"{root.rstrip('/')}/{path}" if path else root
+        return printable(f"{root.rstrip('/')}/{path}" if path else root)
 
     def entries(self, deep: bool = True) -> list[Entry]:
         """Every file that is not hidden, sorted by path; links are followed while they stay below the root.
@@ -120,9 +121,13 @@ class Files:
 
     def inside(self, path: str) -> str | None:
         """A path from a table, made relative to the root; None: it leaves the root, or is no path."""
+        try:
+            os.fsencode(path)
+        except UnicodeEncodeError:  # half a character, as JSON can spell it
+            return None
         if not path or "\0" in path:
             return None
-        root = self.name().rstrip("/") + "/"
+        root = (self.address.split("?")[0] if self.remote else self.address).rstrip("/") + "/"
         if path.startswith(root):
             path = path.removeprefix(root)
         if path.startswith("/") or SCHEME.match(path):
@@ -199,6 +204,11 @@ def open_files(cfg: Data) -> Files:
     if is_file:
         raise DataError(f"data.path: {files.name()} is a file; give the folder that holds it")
     return files
+
+
+def read_files(files: Files, wanted: Iterable[Row]) -> Iterator[Picture]:
+    """What a source reads whose rows are files: their keys are paths."""
+    return (files.picture(row.key) for row in wanted)
 
 
 # local folders

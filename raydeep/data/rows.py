@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def split_of(name: str) -> str | None:
 
 def printable(path: str) -> str:
     """A path that can be written as UTF-8: names on disk are bytes and need not be text."""
-    return path if path.isascii() else path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return path if path.isascii() else os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 class Labels(NamedTuple):
@@ -173,7 +174,7 @@ def code(home: str, columns: list[Labels], names: list[str] | None) -> tuple[lis
 
 def _fits(value: Any, texts: bool) -> bool:
     if texts:
-        return isinstance(value, str)
+        return isinstance(value, str) and value == value.encode("utf-8", "ignore").decode()  # no halves of characters
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 

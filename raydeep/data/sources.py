@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raydeep.data.files import AWAY, AWAY_FOLDER, LOOP, Entry, Files, open_files
+from raydeep.data.files import AWAY, AWAY_FOLDER, LOOP, Entry, open_files, read_files
 from raydeep.data.rows import MAX_CLASSES, SPLITS, SUFFIXES, Picture, Row, Source, printable
 from raydeep.data.tables import images, parquet
 from raydeep.data.tars import tar_files, webdataset
@@ -104,15 +104,11 @@ def folder(cfg: Data) -> Source:
         if rest and _is_picture(entry):
             rows.append(Row(printable(entry.path), labels[name], bases[base], entry.path, entry.size))
     rows.sort(key=lambda row: (SPLITS.index(row.split or "train"), row.label))  # stable: then by path
-    return Source(classes, rows, partial(_read_files, files))
+    return Source([printable(name) for name in classes], rows, partial(read_files, files))
 
 
 def _is_picture(entry: Entry) -> bool:
     return PurePosixPath(entry.path).suffix.lower() in SUFFIXES
-
-
-def _read_files(files: Files, wanted: Iterable[Row]) -> Iterator[Picture]:
-    return (files.picture(row.key) for row in wanted)
 
 
 SOURCES: dict[str, Callable[[Data], Source]] = {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from raydeep.data import rows as rows_
-from raydeep.data.files import AWAY, Files, open_files
+from raydeep.data.files import AWAY, Files, open_files, read_files
 from raydeep.data.rows import SPLITS, Labels, Picture, Row, Source, printable, split_of
 from raydeep.errors import DataError
 
@@ -203,11 +203,7 @@ def images(cfg: Data) -> Source:
         size = entry.size if entry is not None else files.probe(path) or 0
         split = None if splits is None else _split(table, i, splits[i], cfg)
         rows.append(Row(printable(path), label, split, path, size))
-    return Source(classes, rows, partial(_read_named, files))
-
-
-def _read_named(files: Files, wanted: Iterable[Row]) -> Iterator[Picture]:
-    return (files.picture(row.key) for row in wanted)
+    return Source(classes, rows, partial(read_files, files))
 
 
 def _split(table: _Table, i: int, value: Any, cfg: Data) -> str:
@@ -276,9 +272,9 @@ def _from_parquet(where: str, data: bytes, wanted: list[str]) -> _Table:
         names = parts.schema_arrow.names
         _need(where, names, wanted)
         table = parts.read(columns=[name for name in wanted if name in names])
+        columns = {name: table.column(name).to_pylist() for name in table.column_names}
     except (OSError, ValueError) as err:
         raise DataError(f"{where}: not readable as Parquet: {err}") from None
-    columns = {name: table.column(name).to_pylist() for name in table.column_names}
     return _Table(where, "row", range(len(table)), columns, False)
 
 
