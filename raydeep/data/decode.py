@@ -147,7 +147,8 @@ def to_pixels(image: Image.Image, mode: str, size: int | None) -> np.ndarray:
     """Crop the square in the centre, scale it to `size`, convert.
 
     The square has the shorter side s and starts at ((height - s) // 2, (width - s) // 2), whole pixels, so that
-    torch's antialiased bilinear interpolation of the same crop differs by one grey level at most.
+    torch's antialiased bilinear interpolation of the same crop differs by one grey level at most (of uint8, whose
+    weights torch rounds, by two in rare pixels of enlarged noise).
 
     Args:
         image: mode L or RGB.
