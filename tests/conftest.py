@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,6 +79,29 @@ def write_pictures() -> WritePictures:
             for i in range(count):
                 pixels = rng.integers(0, 256, (height, width) if mode == "L" else (height, width, 3), np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i:03d}{suffix}")
+        return root
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def home() -> Iterator[Path]:
+    """A folder with a short path (Ray's sockets live in it), away from any other Ray."""
+    path = Path(tempfile.mkdtemp(prefix="rd"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def write_many() -> WritePictures:
+    """Writes so many small pictures of noise in two class folders below a root, which it gives back."""
+
+    def write(root: Path, count: int) -> Path:
+        pixels = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), np.uint8)
+        for i in range(count):
+            file = root / ("cat", "dog")[i % 2] / f"{i:05d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[i]).save(file)
         return root
 
     return write

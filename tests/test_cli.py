@@ -16,8 +16,9 @@ from PIL import Image
 
 from raydeep import __version__, cli
 from raydeep.config import Job
+from raydeep.data.guess import source_of
 
-COMMANDS = ("train", "compress", "search", "shard", "export", "report", "predict", "schema")
+COMMANDS = ("train", "compress", "search", "shard", "export", "report", "predict", "preview", "data", "schema")
 
 
 class Said(NamedTuple):
@@ -191,6 +192,86 @@ def test_shard_into_a_place_that_cannot_be_is_refused(raydeep, tmp_path):
 def test_shard_of_something_that_is_not_there_is_refused(raydeep, tmp_path):
     assert refusal(raydeep("shard", "gone", "out")).startswith("data.path: gone is not a folder")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "source"),
+    [
+        (["cat/1.png", "dog/1.png"], "folder"),
+        (["train-0.parquet", "classes.json"], "parquet"),
+        (["1.png", "labels.csv"], "images"),
+        (["1.png", "labels.parquet"], "images"),
+        (["labels.jsonl", "pictures/1.png"], "images"),
+        (["train-0.tar"], "webdataset"),
+    ],
+)
+def test_shard_guesses_what_a_folder_holds(tmp_path, files, source):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert source_of(str(tmp_path)) == {"source": source, "path": str(tmp_path)}
+    assert source_of("torchvision:FakeData") == {"source": "torchvision:FakeData"}
+
+
+def test_shard_can_store_pixels_at_another_size(raydeep, tmp_path, write_pictures):
+    write_pictures(tmp_path / "photos", {"cat": 10, "dog": 10}, size=(30, 20))
+    said = raydeep("shard", "photos", "out", "--resize", "12", "--store", "decoded")
+    assert (said.code, said.err) == (0, "")
+    facts = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert (facts["store"], facts["size_range"], facts["mode"]) == ("decoded", [12, 12, 12, 12], "rgb")
+    assert "expected 'encoded' or 'decoded'" in refusal(raydeep("shard", "photos", "other", "--store", "zip"))
+
+
+def test_data_info_shows_counts_and_balance(raydeep, digits_manifest):
+    said = raydeep("data", "info", digits_manifest.path)
+    assert (said.code, said.err) == (0, "")
+    assert digits_manifest.hash in said.out
+    assert "pictures   1,797, 8×8 pixels, grey, stored encoded" in said.out
+    counts = digits_manifest.splits["train"]["class_counts"]
+    row = next(line for line in said.out.splitlines() if line.startswith("3 "))
+    assert row.split()[1] == str(counts[3])
+    assert json.loads(raydeep("data", "info", digits_manifest.path, "--json").out)["rows"] == 1797
+
+
+def test_data_verify_says_that_all_is_well_or_what_is_not(raydeep, tmp_path, write_pictures):
+    write_pictures(tmp_path / "photos", {"cat": 10, "dog": 10})
+    assert raydeep("shard", "photos", "out").code == 0
+    said = raydeep("data", "verify", "out")
+    assert (said.code, said.err) == (0, "")
+    assert "0 problems, 0 pairs" in said.out
+    file = tmp_path / "out" / "val-00000.parquet"
+    data = bytearray(file.read_bytes())
+    data[20] ^= 1
+    file.write_bytes(data)
+    said = raydeep("data", "verify", "out")
+    assert said.code == 2
+    assert f"error: {file.relative_to(tmp_path)}: its sha256 is not that of dataset.json" in said.out
+    found = json.loads(raydeep("data", "verify", "out", "--json").out)
+    assert found["problems"]
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_data_needs_a_dataset_folder(raydeep, tmp_path, command):
+    message = refusal(raydeep("data", command, tmp_path))
+    assert message == f"{tmp_path}: no dataset.json; make a dataset with: raydeep shard SOURCE {tmp_path}"
+
+
+def test_preview_draws_pictures_of_train(raydeep, tmp_path, job, digits_manifest):
+    tree = job.model_dump(mode="json")
+    tree["data"]["path"] = str(digits_manifest.path)
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
+    said = raydeep("preview", "job.yaml", "--out", "sheet.png", "--rows", "3", "--set", "augment.rotation=30")
+    assert (said.code, said.err) == (0, "")
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.width > 7 * 100
+    assert len(np.unique(np.asarray(sheet))) > 20
+    assert runs(tmp_path) == []
+
+
+def test_download_is_a_flag(raydeep, tmp_path):
+    message = refusal(raydeep("shard", "torchvision:MNIST", "out", "--set", f"data.path={tmp_path}"))
+    assert "--download" in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_schema_prints_the_schema_of_a_job(raydeep):

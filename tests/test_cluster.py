@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import ray_processes, run, start, wait_for
 
 from raydeep.run import read_lines
 
@@ -25,50 +19,6 @@ SMALL = [
     "--set", "train.epochs=12", "--set", "recover.epochs=2", "--set", f"search.trials={TRIALS}",
     "--set", "search.startup_trials=4", "--set", "export.latency_rounds=3",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def home() -> Iterator[Path]:
-    """A folder with a short path (Ray's sockets live in it), away from any other Ray."""
-    path = Path(tempfile.mkdtemp(prefix="rd"))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
-    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_TMPDIR": str(home)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "raydeep.cli", *arguments],
-        env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def run(home: Path, *arguments: str) -> tuple[int, str]:
-    process = start(home, *arguments)
-    said, _ = process.communicate(timeout=600)
-    return process.returncode, said
-
-
-def ray_processes(home: Path) -> list[str]:
-    """Command lines of living Ray processes that belong to this folder."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                alive = "State:\tZ" not in (entry / "status").read_text()
-            except OSError:
-                continue
-            if alive and str(home) in line and int(entry.name) != os.getpid():
-                found.append(line[:120])
-    return found
-
-
-def wait_for(condition: object, seconds: float, what: str) -> None:
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end, f"waited {seconds:g} s for {what}"
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ class Keep:
     """In place of an augmenter: what a sample is (its pixels) and what it draws, as one row."""
 
     pairs = False
+    draws = DRAWS
 
     def __call__(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         return torch.cat([images.flatten(1).double(), numbers], 1)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from raydeep.data import order
-from raydeep.data.augment import DRAWS, Augmenter, to_input
+from raydeep.data.augment import Augmenter, to_input
 from raydeep.data.meter import Meter
 from raydeep.data.resident import Split, in_order
 from raydeep.errors import DataError
@@ -127,11 +127,12 @@ class Batches:
         self.images = None
 
     def _micros(self, pictures: np.ndarray, rows: np.ndarray, epoch: int, step: int) -> list[Micro]:
-        numbers = order.draws(self.seed, epoch, step, self.step_rows(step), DRAWS)
+        width = self.augmenter.draws
+        numbers = order.draws(self.seed, epoch, step, self.step_rows(step), width)
         numbers = self.augmenter.shape_draws(order.share(numbers, self.rank, self.world, self.multiple))
         valid = len(numbers)
         if not valid:
-            numbers = np.zeros((len(rows), DRAWS))
+            numbers = np.zeros((len(rows), width))
         labels = self.split.labels[rows]
         micros = []
         for part in order.cut(np.arange(valid), self.accumulate, self.multiple):

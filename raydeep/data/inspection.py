@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import combinations
 from multiprocessing import get_context
@@ -20,12 +20,11 @@ from raydeep.data.sources import SPLITS
 from raydeep.errors import DataError
 from raydeep.run import sha256_file, usable_cores
 
-HASH_SIDE = 16  # a difference hash has 16 × 16 bits: does a pixel of the shrunken grey picture exceed its left one?
-LEAST_SIDE = 24  # smaller pictures have too little in them to look alike by such a hash
-NEAR_BITS = 7  # bits in which two look-alikes may differ: fewer than words, so that one word at least is equal
-FLAT_BITS = 24  # fewer bits of either kind: a picture without structure looks like any other one
-WORDS = HASH_SIDE * HASH_SIDE // 32
-COMMON = 100  # a word that so many pictures share tells none of them apart
+THUMB = 8  # side of the colour thumbnails that tell whether two pictures look alike
+ALIKE = 0.985  # correlation of two thumbnails; on CIFAR-10, all pairs above it that were looked at are one photo
+LEAST_SIDE = 32  # smaller pictures have too little in them: different ones look alike
+FLAT = 4.0  # standard deviation of a thumbnail, grey levels; below it, a picture has no structure to compare
+CHUNK = 2048  # rows of a split that are compared with all of another one at a time
 
 Progress = Callable[[int, int], None]
 
@@ -58,8 +57,8 @@ class Seen(NamedTuple):
     problems: list[str]
     labels: np.ndarray  # int64 N
     origins: list[str]
-    exact: np.ndarray  # uint64 N, from the SHA-256 of the pixels
-    near: np.ndarray  # uint32 of shape [N, WORDS], the difference hash; zeros where it says nothing
+    exact: np.ndarray  # int64 N, from the SHA-256 of the pixels
+    looks: np.ndarray  # float16 of shape [N, 3 · THUMB²]: see thumbnail
 
 
 class Pair(NamedTuple):
@@ -122,7 +121,7 @@ def scan(file: Path, shard: dict[str, Any], manifest: Manifest) -> Seen:
     if sha256_file(file) != shard["sha256"]:
         problems.append(f"{file}: its sha256 is not that of dataset.json")
     exact: list[int] = []
-    near: list[np.ndarray] = []
+    looks: list[np.ndarray] = []
     labels: list[int] = []
     origins: list[str] = []
     try:
@@ -142,16 +141,16 @@ def scan(file: Path, shard: dict[str, Any], manifest: Manifest) -> Seen:
                     image = _picture(row["image"], manifest)
                 except DataError as err:
                     problems.append(f"{where}: {err}")
-                    exact.append(len(exact))
-                    near.append(np.zeros(WORDS, np.uint32))
+                    exact.append(-len(problems))
+                    looks.append(np.zeros(3 * THUMB**2, np.float16))
                     continue
                 digest = hashlib.sha256(f"{image.size}{image.mode}".encode() + image.tobytes()).digest()
-                exact.append(int.from_bytes(digest[:8], "big"))
-                near.append(difference_hash(image))
+                exact.append(int.from_bytes(digest[:8], "big", signed=True))
+                looks.append(thumbnail(image))
     except (OSError, ValueError, KeyError) as err:
         problems.append(f"{file}: not readable as a shard: {err}; shard the source again")
-    hashes = np.array(near, np.uint32).reshape(-1, WORDS)
-    return Seen(problems, np.array(labels, np.int64), origins, np.array(exact, np.uint64), hashes)
+    stacked = np.array(looks, np.float16).reshape(-1, 3 * THUMB**2)
+    return Seen(problems, np.array(labels, np.int64), origins, np.array(exact, np.int64), stacked)
 
 
 def _picture(data: bytes, manifest: Manifest) -> Image.Image:
@@ -164,22 +163,22 @@ def _picture(data: bytes, manifest: Manifest) -> Image.Image:
     return Image.fromarray(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels)
 
 
-def difference_hash(image: Image.Image) -> np.ndarray:
-    """256 bits that re-encoding and scaling hardly change: uint32 of shape [WORDS]; zeros: says nothing."""
-    if min(image.size) < LEAST_SIDE:
-        return np.zeros(WORDS, np.uint32)
-    small = np.asarray(image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX), np.int16)
-    bits = small[:, 1:] > small[:, :-1]
-    if not FLAT_BITS <= bits.sum() <= bits.size - FLAT_BITS:
-        return np.zeros(WORDS, np.uint32)
-    return np.packbits(bits.reshape(-1)).view(">u4").astype(np.uint32)
+def thumbnail(image: Image.Image) -> np.ndarray:
+    """What a picture looks like from afar: float16 of shape [3 · THUMB²], mean 0, length 1; zeros: nothing to tell."""
+    small = image.convert("RGB").resize((THUMB, THUMB), Image.Resampling.BOX)
+    values = np.asarray(small, np.float32).reshape(-1, 3)
+    structure = values - values.mean(0)
+    values = (values - values.mean()).reshape(-1)
+    if min(image.size) < LEAST_SIDE or np.linalg.norm(structure) < FLAT * len(values) ** 0.5:
+        return np.zeros(len(values), np.float16)
+    return (values / np.linalg.norm(values)).astype(np.float16)
 
 
-def _pairs(found: dict[str, list[Seen]]) -> Iterable[Pair]:
+def _pairs(found: dict[str, list[Seen]]) -> Iterator[Pair]:
     for one, other in combinations(SPLITS, 2):
         a, b = _joined(found[one]), _joined(found[other])
-        same = set(_matches(a.exact[:, None], b.exact[:, None]))
-        alike = {(i, j) for i, j in _matches(a.near, b.near) if _near(a.near[i], b.near[j])} - same
+        same = set(_equal(a.exact, b.exact))
+        alike = set(_alike(a.looks, b.looks)) - same
         for pairs, exactly in ((same, True), (alike, False)):
             for i, j in sorted(pairs):
                 yield Pair(f"{one}: {a.origins[i]}", f"{other}: {b.origins[j]}", exactly)
@@ -188,22 +187,21 @@ def _pairs(found: dict[str, list[Seen]]) -> Iterable[Pair]:
 def _joined(parts: list[Seen]) -> Seen:
     return Seen(
         [], np.concatenate([p.labels for p in parts]), [o for p in parts for o in p.origins],
-        np.concatenate([p.exact for p in parts]), np.concatenate([p.near for p in parts]),
+        np.concatenate([p.exact for p in parts]), np.concatenate([p.looks for p in parts]),
     )  # fmt: skip
 
 
-def _matches(one: np.ndarray, other: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Pairs of rows that share a word, neither 0 nor common."""
-    for word in range(one.shape[1]):
-        places: dict[int, list[int]] = {}
-        for j, value in enumerate(other[:, word].tolist()):
-            if value:
-                places.setdefault(value, []).append(j)
-        for i, value in enumerate(one[:, word].tolist()):
-            for j in places.get(value, ()):
-                if len(places[value]) <= COMMON:
-                    yield i, j
+def _equal(one: np.ndarray, other: np.ndarray) -> Iterator[tuple[int, int]]:
+    places: dict[int, list[int]] = {}
+    for j, value in enumerate(other.tolist()):
+        places.setdefault(value, []).append(j)
+    for i, value in enumerate(one.tolist()):
+        for j in places.get(value, ()):
+            yield i, j
 
 
-def _near(one: np.ndarray, other: np.ndarray) -> bool:
-    return int(np.bitwise_count(one ^ other).sum()) <= NEAR_BITS
+def _alike(one: np.ndarray, other: np.ndarray) -> Iterator[tuple[int, int]]:
+    columns = other.astype(np.float32).T
+    for start in range(0, len(one), CHUNK):
+        rows, found = np.nonzero(one[start : start + CHUNK].astype(np.float32) @ columns > ALIKE)
+        yield from zip((rows + start).tolist(), found.tolist(), strict=True)

@@ -50,6 +50,7 @@ class Meter:
         self.events: list[tuple[str, Any, Any]] = []
         self.start = time.perf_counter()
         self.first_batch_s: float | None = None  # from the making of the meter to the first batch of pictures
+        self.start_s: float | None = None  # of it, what was spent waiting for it: no stage's
         self._clocks = {stage: _Clock(self, stage) for stage in STAGES}
 
     def __call__(self, stage: str) -> _Clock:
@@ -64,6 +65,7 @@ class Meter:
         """A batch of pictures is there."""
         if self.first_batch_s is None:
             self.first_batch_s = time.perf_counter() - self.start
+            self.start_s, self.seconds["wait"] = self.seconds["wait"], 0.0
 
     def take(self) -> dict[str, float]:
         """The seconds of each stage, as `<stage>_s`; starts anew."""
@@ -77,11 +79,18 @@ class Meter:
 
 
 def waiting(row: dict[str, Any]) -> float:
-    """Share of an epoch (a line of metrics.jsonl) in which the device had no pictures to work on."""
-    seconds = max(row["seconds"], 1e-9)
+    """Share of an epoch (a line of metrics.jsonl) in which the device had no pictures to work on.
+
+    The wait for the first batch is left out: it is told apart.
+    """
+    seconds = _seconds(row)
     if row["device"] == "cuda":  # its queue hides waits: what it did not work, it waited
         return max(0.0, 1 - sum(row["meter"][f"{stage}_s"] for stage in ("transfer", "augment", "step")) / seconds)
     return row["meter"]["wait_s"] / seconds
+
+
+def _seconds(row: dict[str, Any]) -> float:
+    return max(row["seconds"] - (row["start_s"] or 0.0), 1e-9)
 
 
 def verdict(rows: Sequence[dict[str, Any]], cache: str, decoded_bytes: int, memory_bytes: int) -> str:
@@ -93,10 +102,10 @@ def verdict(rows: Sequence[dict[str, Any]], cache: str, decoded_bytes: int, memo
         decoded_bytes: what the splits take decoded.
         memory_bytes: of the machine; 0 if unknown.
     """
-    seconds = sum(row["seconds"] for row in rows)
+    seconds = sum(map(_seconds, rows))
     spent = {stage: sum(row["meter"][f"{stage}_s"] for row in rows) for stage in STAGES}
-    idle = sum(waiting(row) * row["seconds"] for row in rows) / max(seconds, 1e-9)
-    share = {stage: spent[stage] / max(seconds, 1e-9) for stage in STAGES}
+    idle = sum(waiting(row) * _seconds(row) for row in rows) / seconds
+    share = {stage: spent[stage] / seconds for stage in STAGES}
     first = f"first batch after {rows[0]['first_batch_s']:.1f} s" if rows[0].get("first_batch_s") is not None else ""
     if idle < BOUND:
         text = f"not input-bound: {idle:.0%} of training was spent waiting for pictures"

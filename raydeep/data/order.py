@@ -82,6 +82,8 @@ def draws(seed: int, epoch: int, step: int, batch_size: int, width: int) -> np.n
     Row i belongs to position i of the global batch, whichever worker takes it. A larger width leaves the columns
     before as they are.
     """
+    if not width:
+        return np.empty((batch_size, 0))
     return np.ascontiguousarray(_rng(DRAWS, seed, epoch, step).random((width, batch_size)).T)
 
 

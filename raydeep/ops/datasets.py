@@ -190,7 +190,7 @@ def _show(report: Report, ui: Ui) -> None:
     for split, count in report.repeated.items():
         if count:
             ui.say(f"{split}: {count:,} pictures stand in it more than once, pixel for pixel")
-    for same, words in ((True, "are the same, pixel for pixel"), (False, "look alike (difference hash)")):
+    for same, words in ((True, "are the same, pixel for pixel"), (False, "look alike (as thumbnails)")):
         pairs = [pair for pair in report.pairs if pair.same is same]
         if pairs:
             ui.say(f"{len(pairs):,} pairs of pictures in two splits {words}; the score on them is no test:")

@@ -131,7 +131,8 @@ def fit(
                 "order_hash": batches.order_hash(epoch),
                 "device": device.type,
                 "meter": batches.meter.take(),
-                "first_batch_s": batches.meter.first_batch_s if not history else None,
+                "first_batch_s": None if history else batches.meter.first_batch_s,
+                "start_s": None if history else batches.meter.start_s,
             }
             if evaluate is not None:
                 parallel.sync_buffers(model)
