@@ -44,18 +44,16 @@ class Set(NamedTuple):
 
 
 SETS = {
-    "cifar10": Set("cifar10", 50, "resnet8", {}, 240, 50, 0.1),
-    "fashion-mnist": Set("fashion-mnist", 100, "resnet8", {"width": 8}, 60, 50, 0.1),
+    "cifar10": Set("cifar10", 50, "resnet8", {"width": 8}, 100, 50, 0.1),
+    "fashion-mnist": Set("fashion-mnist", 100, "resnet8", {"width": 8}, 40, 50, 0.1),
 }
 BASIC = {"horizontal_flip": 0.5, "crop": 0.125}
 KINDS: dict[str, dict[str, Any]] = {
     "none": {},
     "basic": BASIC,
-    "basic + colour + erasing": {**BASIC, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "erasing": 0.5},
     "trivialaugment": {**BASIC, "policy": "trivialaugment"},
     "randaugment": {**BASIC, "policy": "randaugment"},
     "autoaugment": {**BASIC, "policy": "autoaugment"},
-    "basic + mixup": {**BASIC, "mixup": 0.2},
     "basic + cutmix": {**BASIC, "cutmix": 1.0},
     "trivialaugment + cutmix": {**BASIC, "policy": "trivialaugment", "cutmix": 1.0},
 }
