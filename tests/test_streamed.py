@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from raydeep.config import Augment, Data
-from raydeep.data import fast, sharding, shards
+from raydeep.data import decode, fast, sharding, shards
 from raydeep.data.augment import Augmenter
 from raydeep.data.batches import Batches, eval_batches
 from raydeep.data.resident import Dataset, Pixels
@@ -169,6 +171,57 @@ def test_scaled_and_coloured_alike_in_both_modes(manifest):
     assert images.shape == (179, 12, 12, 3)
     assert np.array_equal(images, memory.val.images)
     assert (disk.mean, disk.std) == (memory.mean, memory.std)
+
+
+def plain_files() -> dict[str, bytes]:
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((61, 47), Image.Resampling.BICUBIC)
+    files = {}
+    for kind, options in (("PNG", {}), ("JPEG", {"quality": 70}), ("JPEG", {"progressive": True})):
+        for mode in ("L", "RGB"):
+            out = io.BytesIO()
+            smooth.convert(mode).save(out, kind, **options)
+            files[f"{kind} {mode} {' '.join(options)}"] = out.getvalue()
+    return files
+
+
+@pytest.mark.parametrize("name", plain_files())
+@pytest.mark.parametrize(("mode", "channels"), [("grey", 1), ("rgb", 3)])
+def test_the_fast_decoder_gives_pillows_pixels(name, mode, channels):
+    data = plain_files()[name]
+    image = decode.open_picture(data)
+    found = fast.decode_plain(data, fast.Format("encoded", (47, 61), (47, 61, channels), None))
+    assert np.array_equal(found, decode.to_pixels(image, mode, None))
+    for side in (16, 47, 80):
+        found = fast.decode_plain(data, fast.Format("encoded", (47, 61), (side, side, channels), side))
+        assert np.abs(found.astype(int) - decode.to_pixels(image, mode, side)).max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["auto", "grey", "rgb"])
+@pytest.mark.parametrize("side", [None, 12])
+def test_stored_pixels_are_those_of_stored_files(tmp_path, write_pictures, mode, side):
+    write_pictures(tmp_path / "in", {"cat": 10, "dog": 10}, size=(20, 20))
+    write_pictures(tmp_path / "in", {"cow": 10}, size=(20, 20), mode="L")
+    found = []
+    for store in ("encoded", "decoded"):
+        cfg = Data(source="folder", path=str(tmp_path / "in"), store=store, mode=mode, image_size=side)
+        data = read_dataset(shards.write_dataset(cfg, tmp_path / store), cfg)
+        found.append(data)
+        assert data.shape == (side or 20, side or 20, 1 if mode == "grey" else 3)
+    assert np.array_equal(found[0].train.labels, found[1].train.labels)
+    assert np.array_equal(found[0].train.images, found[1].train.images)
+
+
+def test_pictures_of_many_sizes_cannot_be_stored_as_pixels(tmp_path, write_pictures):
+    write_pictures(tmp_path / "in", {"cat": 10, "dog": 10}, size=(20, 20))
+    write_pictures(tmp_path / "in", {"cow": 10}, size=(24, 20))
+    cfg = Data(source="folder", path=str(tmp_path / "in"), store="decoded")
+    with pytest.raises(
+        DataError, match=r"20×20 and of 20×24 pixels can't be stored decoded; name one size \(--resize N"
+    ):
+        shards.write_dataset(cfg, tmp_path / "out")
+    manifest = shards.write_dataset(cfg.model_copy(update={"resize": 16}), tmp_path / "out")
+    assert manifest.size_range == (16, 16, 16, 16)
 
 
 def test_a_split_for_another_process_needs_no_cluster(manifest):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -165,22 +164,6 @@ def to_pixels(image: Image.Image, mode: str, size: int | None) -> np.ndarray:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     pixels = np.asarray(image.convert("L" if mode == "grey" else "RGB"))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
-
-
-def decode_batch(pictures: Iterable[bytes], mode: str, size: int | None) -> np.ndarray:
-    """Encoded pictures of one size → uint8 NHWC."""
-    return np.stack([to_pixels(open_picture(data), mode, size) for data in pictures])
-
-
-class DecodeRows:
-    """Ray Data's map over batches: column `image` (bytes) → `pixels` (uint8 NHWC); `label` stays."""
-
-    def __init__(self, mode: str, size: int | None) -> None:
-        self.mode, self.size = mode, size
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One batch of columns."""
-        return {"pixels": decode_batch(batch["image"], self.mode, self.size), "label": batch["label"]}
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

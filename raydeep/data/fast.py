@@ -85,7 +85,7 @@ def _decode(pictures: pa.Array, part: Parts, form: Format, out: np.ndarray) -> N
             np.take(whole, part.rows, axis=0, out=out)
             return
         for i, row in enumerate(part.rows):
-            out[i] = resized(channelled(whole[row], form.shape[2]), form.side)
+            out[i] = channelled(resized(whole[row], form.side), form.shape[2])
         return
     for i, row in enumerate(part.rows.tolist()):
         try:
@@ -108,7 +108,7 @@ def decode_plain(data: pa.Buffer | bytes, form: Format) -> np.ndarray:
     else:
         pixels = codec.decode_image_jpegturbo(raw, "mono" if _grey_jpeg(raw) else "rgb")
     pixels = pixels.reshape(*pixels.shape[:2], -1)
-    return resized(channelled(pixels, form.shape[2]), form.side)
+    return channelled(resized(pixels, form.side), form.shape[2])
 
 
 def _grey_jpeg(raw: bytes) -> bool:
@@ -137,7 +137,7 @@ def channelled(pixels: np.ndarray, channels: int) -> np.ndarray:
 
 
 def resized(pixels: np.ndarray, side: int | None) -> np.ndarray:
-    """Centre square scaled to `side`: antialiased bilinear, as decode.to_pixels to within one grey level."""
+    """Centre square scaled to `side`: antialiased bilinear, as decode.to_pixels to within two grey levels."""
     height, width = pixels.shape[:2]
     if side is None or (height, width) == (side, side):
         return pixels
