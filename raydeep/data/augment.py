@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from raydeep.config import Augment
 
 DRAWS = 50  # uniform numbers a sample
-CHUNK_VALUES = 2**17  # on a CPU, so many values go through all steps together and stay in its cache
+CHUNK_VALUES = 2**18  # on a CPU, so many values go through all steps together and stay in its cache
 BLUR_SIZE = 13  # of the kernel: three standard deviations of the widest blur to each side
 
 
