@@ -10,11 +10,12 @@ import io
 import logging
 import multiprocessing
 import os
+import pickle
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from raydeep.data.streamed import Streamed
 
 BATCH = 128
 PROCESSES = 2
-WINDOW_BYTES = 16 * 2**20  # small, so that what is read ahead of the clock is a small part of what is timed
+WINDOW_BYTES = 32 * 2**20  # small, so that what is read ahead of the clock is a small part of what is timed
 
 
 class Untouched(Augmenter):
@@ -53,6 +54,23 @@ def dataset(source: Data, work: Path, copies: int) -> shards.Manifest:
             os.link(manifest.path / shard["name"], manifest.path / name)
             train["shards"].append({**shard, "name": name})
     return manifest
+
+
+def ray_data(units: Sequence[Any], form: fast.Format, ahead: int) -> Iterator[fast.Block]:
+    """raydeep's units as a Ray Data pipeline, in order: what its stream mode would be on Ray Data."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+
+    def work(batch: dict[str, Any]) -> dict[str, np.ndarray]:
+        return {"pixels": fast.fetch(pickle.loads(batch["unit"][0]), form).pixels}
+
+    items = ray.data.from_items([{"unit": pickle.dumps(unit)} for unit in units], override_num_blocks=len(units))
+    done = items.map_batches(work, batch_size=None, batch_format="numpy")
+    for batch in done.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=ahead):
+        yield fast.Block(batch["pixels"], 0.0, 0.0)
 
 
 class Encoded(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
@@ -183,9 +201,11 @@ def compare(
     split = splits.streamed(manifest, cfg, "train", stream.engine)
     rows = len(split.labels)
     resident = splits.read_dataset(manifest, cfg.model_copy(update={"cache": "resident"}), stream.engine).train
+    on_ray_data = splits.streamed(manifest, cfg, "train", ray_data)
     same, usual = Encoded(split, lambda x: fast.decode_plain(x, split.form)), torchvision_decoder(split.form)
     peers: dict[str, Callable[[], Iterator[int]]] = {
         "stream": lambda: raydeep_epochs(split, epochs),
+        "stream on Ray Data": lambda: raydeep_epochs(on_ray_data, epochs),
         "DataLoader, same decoder": lambda: loader_epochs(same, epochs),
         "DataLoader, torchvision decoder": lambda: loader_epochs(Encoded(split, usual), epochs),
         "resident": lambda: raydeep_epochs(resident, epochs),
@@ -207,6 +227,8 @@ def compare(
     for other, target in (("DataLoader, same decoder", ">= 1.0"), ("DataLoader, torchvision decoder", ">= 1.0")):
         value, spread = harness.ratio(after[other], after["stream"])
         results.append(harness.result(f"{name} stream / {other}", value, "ratio", target, spread=spread, **facts))
+    value, spread = harness.ratio(after["stream on Ray Data"], after["stream"])
+    results.append(harness.result(f"{name} stream / the same on Ray Data", value, "ratio", spread=spread, **facts))
     value, spread = harness.ratio(after["stream"], after["resident"])
     results.append(harness.result(f"{name} resident / stream", value, "ratio", ">= 30.0", spread=spread, **facts))
     limits = [decode_limit(split) for _ in range(3)]

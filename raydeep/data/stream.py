@@ -1,63 +1,113 @@
-"""The two Ray Data jobs of the data plane: sharding a source, and streaming shards into batches.
+"""The data plane on Ray: sharding as a Ray Data job, streaming as Ray tasks in order.
 
-Both are one pipeline: items in a fixed order, one task an item, results in the order of the items.
+Streaming is one task a unit, `ahead` of them under way, results taken in the order of the units. Ray Data does the
+same at 0.5 to 0.8 times the speed and with a second's start (benchmarks/ingest.py measures both), because its budget
+hands a node's CPUs out one task at a time.
 """
 
 from __future__ import annotations
 
 import pickle
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import ray
 import ray.data
 
 from raydeep.data import fast, sharding
 from raydeep.data.resident import Dataset
 from raydeep.data.splits import read_dataset
-from raydeep.errors import RaydeepError
+from raydeep.errors import RaydeepError, ResourceError
 
 if TYPE_CHECKING:
     from raydeep.data.shards import Manifest
+    from raydeep.data.streamed import Unit
     from raydeep.sections import Data
 
-ERROR = "error"  # key of a result that is a pickled RaydeepError: Ray Data would bury it in its own kinds
+STARVED_S = 60.0  # without a free CPU for so long, streaming gives up rather than wait for ever
 
 
-def engine(units: Sequence[Any], form: fast.Format, ahead: int) -> Iterator[fast.Block]:
-    """Fetches units on Ray Data (the contract is that of streamed.Engine); pixels arrive without copies."""
+def engine(units: Sequence[Unit], form: fast.Format, ahead: int) -> Iterator[fast.Block]:
+    """Fetches units with Ray tasks (the contract is that of streamed.Engine); pixels arrive without copies.
 
-    def work(item: bytes) -> dict[str, np.ndarray]:
-        block = fast.fetch(pickle.loads(item), form)
-        seconds = np.zeros((len(block.pixels), 2))
-        seconds[0] = block.read_s, block.decode_s
-        return {"pixels": block.pixels, "seconds": seconds}
+    Raises:
+        DataError: from a task.
+        ResourceError: no CPU is free for the tasks.
+    """
+    left = iter(units)
+    form_ref = ray.put(form)
 
-    for found in _pipeline([pickle.dumps(unit) for unit in units], work, ahead):
-        yield fast.Block(found["pixels"], *found["seconds"].sum(0).tolist())
+    def more(count: int) -> list[Any]:
+        return [_fetch.remote(unit, form_ref) for unit in islice(left, count)]
+
+    waiting = deque(more(ahead))
+    try:
+        while waiting:
+            found = _result(waiting.popleft())
+            waiting += more(1)
+            yield found
+    finally:
+        for ref in waiting:
+            ray.cancel(ref, force=False)
+
+
+@ray.remote(num_cpus=1, max_retries=3)
+def _fetch(unit: Unit, form: fast.Format) -> fast.Block | RaydeepError:
+    try:
+        return fast.fetch(unit, form)
+    except RaydeepError as err:  # as a value: Ray would wrap it
+        return err
+
+
+def _result(ref: Any) -> fast.Block:
+    while not ray.wait([ref], timeout=STARVED_S)[0]:
+        free, there = (resources.get("CPU", 0.0) for resources in (ray.available_resources(), ray.cluster_resources()))
+        if free < 1:
+            raise ResourceError(
+                f"no CPU has been free to decode pictures for {STARVED_S:g} s: of {there:g} CPUs {free:g} are; lower "
+                f"scaling.workers or scaling.cpus_per_worker, add a node, or set data.cache resident"
+            )
+    found = ray.get(ref)
+    if isinstance(found, RaydeepError):
+        raise found
+    return found
 
 
 def runner(workers: int | None = None) -> sharding.Runner:
     """Runs the tasks of sharding on Ray Data, at most `workers` at once; None: as many as there are CPUs."""
 
     def run(work: sharding.Work, tasks: Sequence[sharding.Task], tell: Callable[[int], None]) -> None:
+        if not tasks:
+            return
         stop = threading.Event()
 
         def watch() -> None:
             while not stop.wait(1.0):
                 tell(sharding.rows_done(work.folder, tasks))
 
-        def do(item: bytes) -> dict[str, np.ndarray]:
-            work(pickle.loads(item))
-            return {"done": np.ones(1)}
+        def do(batch: dict[str, Any]) -> dict[str, list[bytes]]:
+            try:
+                work(pickle.loads(batch["task"][0]))
+            except RaydeepError as err:  # as a value: Ray Data would bury it in kinds of its own
+                return {"error": [pickle.dumps(err)]}
+            return {"error": [b""]}
 
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        items: Any = ray.data.from_items(
+            [{"task": pickle.dumps(task)} for task in tasks], override_num_blocks=len(tasks)
+        )
+        limit = {} if workers is None else {"concurrency": workers}
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
         try:
-            for _ in _pipeline([pickle.dumps(task) for task in tasks], do, 1, workers):
-                pass
+            for row in items.map_batches(do, batch_size=None, batch_format="numpy", **limit).iter_rows():
+                if row["error"]:
+                    raise pickle.loads(row["error"])
         finally:
             stop.set()
             thread.join()
@@ -65,44 +115,8 @@ def runner(workers: int | None = None) -> sharding.Runner:
     return run
 
 
-def _pipeline(
-    items: list[bytes], work: Callable[[bytes], dict[str, np.ndarray]], ahead: int, workers: int | None = None
-) -> Iterator[dict[str, np.ndarray]]:
-    """What `work` makes of each item, in order; one Ray Data task an item.
-
-    Args:
-        items: pickled arguments.
-        work: gives columns.
-        ahead: results that are fetched before they are asked for.
-        workers: most tasks at once.
-
-    Raises:
-        RaydeepError: raised by a task.
-    """
-    if not items:
-        return
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-
-    def task(batch: dict[str, Any]) -> dict[str, np.ndarray]:
-        try:
-            return work(batch["item"][0])
-        except RaydeepError as err:
-            return {ERROR: np.frombuffer(pickle.dumps(err), np.uint8)}
-
-    rows: Any = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
-    limit = {} if workers is None else {"concurrency": workers}
-    done = rows.map_batches(task, batch_size=None, batch_format="numpy", **limit)
-    for batch in done.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=ahead):
-        if ERROR in batch:
-            raise pickle.loads(batch[ERROR].tobytes())
-        yield batch
-
-
 def load(manifest: Manifest, cfg: Data, progress: sharding.Progress | None = None) -> Dataset:
-    """The splits of a dataset, decoded into memory by Ray Data or streamed by it (see splits.read_dataset)."""
+    """The splits of a dataset, decoded into memory by Ray's tasks or streamed by them (see splits.read_dataset)."""
     return read_dataset(manifest, cfg, engine, progress)
 
 

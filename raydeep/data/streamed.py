@@ -20,7 +20,7 @@ from raydeep.data.order import Plan
 if TYPE_CHECKING:
     from raydeep.data.resident import Rows
 
-UNIT_BYTES = 8 * 2**20  # decoded pictures that are fetched together: a task's overhead is paid once for them
+UNIT_BYTES = 16 * 2**20  # decoded pictures that are fetched together: a task's overhead is paid once for them
 Unit = list[fast.Parts]
 # Contract of an engine: (units, format, how many ahead) -> the blocks of the units, in their order.
 Engine = Callable[[Sequence[Unit], fast.Format, int], Iterator[fast.Block]]
