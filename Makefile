@@ -2,7 +2,7 @@
 PYTHON ?= python3
 READY := .venv/.installed
 
-.PHONY: demo test fast cluster lint clean
+.PHONY: demo test fast cluster lint bench-report clean
 
 demo: $(READY)
 	.venv/bin/raydeep search jobs/digits.yaml
@@ -19,6 +19,9 @@ lint: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+bench-report: $(READY)
+	.venv/bin/python benchmarks/report.py
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
