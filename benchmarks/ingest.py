@@ -246,7 +246,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     work = Path(tempfile.mkdtemp(prefix="rd"))
-    rounds, results = (2 if args.quick else 5), []
+    rounds, results = (2 if args.quick else 4), []
     try:
         ray.init(
             address="local", num_cpus=PROCESSES, include_dashboard=False, log_to_driver=False,
@@ -256,11 +256,11 @@ def main() -> None:
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         png = Data(source="parquet", path=str(folder / "cifar10"), cache="stream", window_bytes=WINDOW_BYTES)
-        compare("CIFAR-10 PNG", dataset(png, work, 1), png, rounds, 5 if args.quick else 8, results)
+        compare("CIFAR-10 PNG", dataset(png, work, 1), png, rounds, 4 if args.quick else 6, results)
         jpeg = Data(
             source="folder", path=str(folder / "caltech101-10"), cache="stream", image_size=224, window_bytes=64 * 2**20
         )
-        compare("Caltech JPEG 224", dataset(jpeg, work, 4), jpeg, rounds, 4 if args.quick else 6, results)
+        compare("Caltech JPEG 224", dataset(jpeg, work, 4), jpeg, rounds, 4 if args.quick else 5, results)
     finally:
         ray.shutdown()
         shutil.rmtree(work, ignore_errors=True)

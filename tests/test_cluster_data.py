@@ -76,6 +76,7 @@ def test_killed_in_the_middle_of_an_epoch_the_weights_end_bit_identical(
     assert facts(killed) == facts(whole)
 
 
+@pytest.mark.parametrize("undisturbed", ["stream"], indirect=True)  # test_cluster.py does it in memory
 def test_one_worker_sees_the_batches_of_two(home: Path, undisturbed: tuple[str, Path]) -> None:
     mode, whole = undisturbed
     code, said = run(home, *train(home, f"{mode}-one", f"data.cache={mode}", "scaling.workers=1"))

@@ -130,6 +130,45 @@ def test_label_smoothing_is_that_of_the_paper():
     assert torch.allclose(found, -(target * logits.log_softmax(1)).sum(1), atol=1e-6)
 
 
+def test_a_mixed_picture_is_learned_as_both_its_classes():
+    logits = torch.randn(3, 10, generator=torch.manual_seed(0))
+    own, other, weight = torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6]), torch.tensor([1.0, 0.25, 0.0])
+    found = CROSS_ENTROPY(logits, Micro(logits, own, 3, other, weight))
+    each = [F.cross_entropy(logits, labels, reduction="none") for labels in (own, other)]
+    assert torch.allclose(found, weight * each[0] + (1 - weight) * each[1])
+
+
+def test_mixed_pairs_give_the_same_gradients_in_any_number_of_micro_batches(pixels):
+    def run(accumulate: int) -> dict[str, torch.Tensor]:
+        model, source = network().double(), batches(pixels, Augment(mixup=0.4, cutmix=1.0), accumulate=accumulate)
+        source.augmenter = Doubled(Augment(mixup=0.4, cutmix=1.0), [0.3], [0.4])
+        fit(model, mixed, source, CFG, epochs=1)
+        return state(model)
+
+    def mixed(logits: torch.Tensor, micro: Micro) -> torch.Tensor:
+        assert micro.weight is not None
+        assert micro.other_labels is not None
+        return CROSS_ENTROPY(logits, micro).double()
+
+    assert furthest(run(3), run(1)) < 1e-6
+
+
+def test_a_last_batch_that_is_kept_weighs_by_its_rows(pixels):
+    """320 rows in batches of 128: two whole steps and one of 64 rows, whose gradient is a mean over 64."""
+    sizes: list[int] = []
+
+    def loss(logits: torch.Tensor, micro: Micro) -> torch.Tensor:
+        sizes.append(micro.valid)
+        return CROSS_ENTROPY(logits, micro)
+
+    source = batches(pixels, batch_size=128, drop_last=False)
+    [row] = fit(network(), loss, source, CFG.model_copy(update={"epochs": 1}))
+    assert sizes == [128, 128, 64]
+    assert row["step"] == 3
+    assert row["train_loss"] == pytest.approx(math.log(10), abs=0.1)  # a sum over 128 would give two thirds of it
+    assert row["images_per_s"] == pytest.approx(ROWS / row["seconds"])
+
+
 # learning rate, clipping, weight decay
 
 
@@ -316,6 +355,19 @@ def test_an_evaluation_is_that_of_all_rows_at_once(digits, size):
     assert score.rows == rows
     assert score.accuracy == (logits.argmax(1) == labels).double().mean().item()
     assert score.loss == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-5)
+
+
+def test_an_evaluation_can_average_a_picture_and_its_mirror_image(digits):
+    model = network()
+    fit(model, CROSS_ENTROPY, batches(digits.train), CFG, epochs=1)
+    parts = list(eval_batches(digits.val, [0.3], [0.4], 100))
+    images, labels = torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
+    model.eval()
+    with torch.no_grad():
+        logits = (model(images) + model(images.flip(3))) / 2
+    score = evaluate(model, parts, len(labels), flip=True)
+    assert score.loss == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-5)
+    assert score != evaluate(model, parts, len(labels))
 
 
 def test_rows_left_out_of_an_evaluation_are_noticed(digits):

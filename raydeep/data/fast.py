@@ -147,5 +147,6 @@ def resized(pixels: np.ndarray, side: int | None) -> np.ndarray:
     square = min(height, width)
     top, left = (height - square) // 2, (width - square) // 2
     crop = np.ascontiguousarray(pixels[top : top + square, left : left + square])
-    whole = torch.from_numpy(crop).permute(2, 0, 1)[None]
+    # The batch axis comes first: so torch sees that channels are last, and the result needs no transposition.
+    whole = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
     return F.interpolate(whole, (side, side), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()

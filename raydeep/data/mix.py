@@ -83,7 +83,7 @@ def mix(
         in_x = (xs >= left[:, None]) & (xs < right[:, None])
         outside = ~(in_y[:, :, None] & in_x[:, None, :])
         map_of_shares = torch.where(cuts[:, None, None], outside.float(), weight[:, None, None])
-    return torch.lerp(x[partner], x, map_of_shares[:, None]), labels[partner], weight
+    return torch.lerp(x[partner], x, map_of_shares[:, None].to(x.dtype)), labels[partner], weight
 
 
 def _edges(centre: torch.Tensor, side: torch.Tensor, pixels: int) -> tuple[torch.Tensor, torch.Tensor]:
