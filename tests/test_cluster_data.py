@@ -91,6 +91,18 @@ def test_one_worker_sees_the_batches_of_two(home: Path, undisturbed: tuple[str, 
     assert (lines[0]["meter"]["decode_s"] > 0) is (mode == "stream")
 
 
+@pytest.mark.parametrize("undisturbed", ["stream"], indirect=True)
+def test_a_search_streams_too(home: Path, undisturbed: tuple[str, Path]) -> None:
+    """Its trials run in placement groups of their own, which have no CPU for the tasks that read."""
+    mode, whole = undisturbed
+    job = train(home, f"{mode}-search", f"data.cache={mode}")[1:]
+    code, said = run(
+        home, "search", *job, "--from", str(whole), "--set", "search.trials=2", "--set", "recover.epochs=1"
+    )  # fmt: skip
+    assert code == 0, said
+    assert "2 trials finished, 0 failed" in said
+
+
 @pytest.fixture(scope="module")
 def pictures(home: Path, write_many) -> Path:
     return write_many(home / "pictures", 6000)

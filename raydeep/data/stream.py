@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 import ray.data
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raydeep.data import fast, sharding
 from raydeep.data.resident import Dataset
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
     from raydeep.sections import Data
 
 STARVED_S = 60.0  # without a free CPU for so long, streaming gives up rather than wait for ever
+STUCK_S = 600.0  # so does it where a unit takes so long for another reason
+
+# Outside of any placement group: a trial's own has no CPU left for tasks, which would wait in it for ever.
+OUTSIDE = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]
 
 
 def engine(units: Sequence[Unit], form: fast.Format, ahead: int) -> Iterator[fast.Block]:
@@ -54,7 +60,7 @@ def engine(units: Sequence[Unit], form: fast.Format, ahead: int) -> Iterator[fas
             ray.cancel(ref, force=False)
 
 
-@ray.remote(num_cpus=1, max_retries=3)
+@ray.remote(num_cpus=1, max_retries=3, scheduling_strategy=OUTSIDE)
 def _fetch(unit: Unit, form: fast.Format) -> fast.Block | RaydeepError:
     try:
         return fast.fetch(unit, form)
@@ -63,12 +69,15 @@ def _fetch(unit: Unit, form: fast.Format) -> fast.Block | RaydeepError:
 
 
 def _result(ref: Any) -> fast.Block:
+    start = time.monotonic()
     while not ray.wait([ref], timeout=STARVED_S)[0]:
         free, there = (resources.get("CPU", 0.0) for resources in (ray.available_resources(), ray.cluster_resources()))
-        if free < 1:
+        waited = time.monotonic() - start
+        if free < 1 or waited > STUCK_S:
             raise ResourceError(
-                f"no CPU has been free to decode pictures for {STARVED_S:g} s: of {there:g} CPUs {free:g} are; lower "
-                f"scaling.workers or scaling.cpus_per_worker, add a node, or set data.cache resident"
+                f"no pictures were decoded for {waited:.0f} s; of {there:g} CPUs {free:g} are free. Lower "
+                f"scaling.workers or scaling.cpus_per_worker, add a node, check the storage of the shards, or set "
+                f"data.cache resident"
             )
     found = ray.get(ref)
     if isinstance(found, RaydeepError):
