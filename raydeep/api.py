@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydeep.config import Job
-from raydeep.errors import ModelError, RaydeepError
+from raydeep.errors import DataError, ModelError, RaydeepError
 from raydeep.ops import datasets
 from raydeep.ops.console import Ui
 from raydeep.run import Run, read_json, read_lines, sha256_file, write_json
@@ -53,6 +53,12 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: 
     fresh = run is None
     run = run or Run.create(job, command)
     stack.enter_context(run.locked())
+    noted = read_json(run.path / "provenance.json").get("dataset", {}).get("hash", manifest.hash)
+    if noted != manifest.hash:
+        raise DataError(
+            f"{manifest.path}: not the data that {run.path} began with (hash {manifest.hash[:12]}…, then "
+            f"{noted[:12]}…): what it trained on could now be in its test split; start a new run"
+        )
     with ui.stage("ray") as stage:
         try:
             plan = stack.enter_context(launch.cluster(job, run.path / "ray.log"))

@@ -17,6 +17,7 @@ from PIL import Image
 from raydeep import __version__, cli
 from raydeep.config import Job
 from raydeep.data.guess import source_of
+from raydeep.run import Run
 
 COMMANDS = ("train", "compress", "search", "shard", "export", "report", "predict", "preview", "data", "schema")
 
@@ -146,6 +147,16 @@ def test_a_resumed_run_keeps_its_job(raydeep, tmp_path):
     assert message == "--resume goes on with the run's own job: --set and --from can't change it"
 
 
+def test_a_run_is_not_resumed_on_other_data(raydeep, job, digits_manifest):
+    given = job.model_copy(update={"data": job.data.model_copy(update={"path": str(digits_manifest.path)})})
+    run = Run.create(given, "raydeep train")
+    run.note(dataset={"hash": "0" * 64})
+    message = refusal(raydeep("train", "--resume", run.path))
+    assert f"{digits_manifest.path}: not the data that {run.path} began with" in message
+    assert "start a new run" in message
+    assert json.loads((run.path / "provenance.json").read_text())["dataset"] == {"hash": "0" * 64}
+
+
 @pytest.mark.parametrize("arguments", [["train", "--resume"], ["export", "--trial", "0"], ["report"]])
 def test_a_folder_that_is_no_run_is_named(raydeep, tmp_path, arguments):
     message = refusal(raydeep(*arguments, tmp_path))
@@ -253,7 +264,9 @@ def test_data_verify_says_that_all_is_well_or_what_is_not(raydeep, tmp_path, wri
 @pytest.mark.parametrize("command", ["info", "verify"])
 def test_data_needs_a_dataset_folder(raydeep, tmp_path, command):
     message = refusal(raydeep("data", command, tmp_path))
-    assert message == f"{tmp_path}: no dataset.json; make a dataset with: raydeep shard SOURCE {tmp_path}"
+    wanted = "not a dataset (it has no dataset.json); make one with: raydeep shard SOURCE OUT"
+    assert message == f"{tmp_path}: {wanted}"
+    assert "no such folder" in refusal(raydeep("data", command, tmp_path / "gone"))
 
 
 def test_preview_draws_pictures_of_train(raydeep, tmp_path, job, digits_manifest):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from raydeep.config import Data
-from raydeep.data import inspection, shards
+from raydeep.data import inspection, sharding, shards
 from raydeep.run import sha256_file
 
 SIDE = 48
@@ -92,6 +92,7 @@ def rewrite(manifest: shards.Manifest, split: str, change: dict[str, list[object
     if honest:
         raw = json.loads((manifest.path / "dataset.json").read_text())
         raw["splits"][split]["shards"][0] |= {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        raw["hash"] = sharding.content_hash(raw["classes"], raw["splits"])
         (manifest.path / "dataset.json").write_text(json.dumps(raw))
 
 

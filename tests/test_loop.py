@@ -296,7 +296,9 @@ def saved(tmp_path: Path) -> Path:
     model = network()
     for epoch in range(1, 5):
         nn.init.constant_(model[0].bias, epoch)
-        checkpoint.save(tmp_path, checkpoint.Moment(epoch, 0, 0.0, 5 * epoch), model, make_optimizer(model, CFG, 0.1))
+        checkpoint.save(
+            tmp_path, checkpoint.Moment(epoch, 0, 0.0, 5 * epoch, 5), model, make_optimizer(model, CFG, 0.1)
+        )
     return tmp_path
 
 
@@ -334,6 +336,31 @@ def test_a_harmed_checkpoint_is_passed_over(saved, name, harm):
     assert found is not None
     assert found.epoch == 3
     assert (found.model["0.bias"] == 3).all()
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"epoch": "x"}', "null"])
+def test_a_state_that_is_none_is_passed_over(saved, text):
+    (saved / "step-000000020" / "state.json").write_text(text)
+    found = checkpoint.latest(saved)
+    assert found is not None
+    assert found.epoch == 3
+
+
+def test_what_comes_after_a_torn_checkpoint_is_kept(saved):
+    """Training goes on from epoch 3; its next checkpoints sort below the torn one and must not be dropped for it."""
+    flip(saved / "step-000000020" / "tensors.safetensors")
+    (saved / ".step-000000025.1.abc.part").mkdir()
+    checkpoint.clean(saved)
+    checkpoint.save(saved, checkpoint.Moment(3, 2, 0.0, 17, 5), network(), make_optimizer(network(), CFG, 0.1))
+    assert sorted(path.name for path in saved.iterdir()) == ["step-000000015", "step-000000017"]
+    found = checkpoint.latest(saved)
+    assert found is not None
+    assert (found.epoch, found.step) == (3, 2)
+
+
+def test_a_checkpoint_of_another_number_of_steps_is_refused(saved, pixels):
+    with pytest.raises(TrainError, match=r"of 5 steps an epoch, this one has 10: the data or train"):
+        fit(network(), CROSS_ENTROPY, batches(pixels, batch_size=32), CFG, resume=checkpoint.latest(saved))
 
 
 def test_no_checkpoint_is_none(tmp_path):

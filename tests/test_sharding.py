@@ -96,6 +96,50 @@ def test_a_shard_without_its_note_is_written_again(tmp_path, photos):
     assert not [name for name in files(tmp_path / "out") if name.startswith((".", "task", "rows", "plan"))]
 
 
+def staged(tmp_path: Path, photos: Data) -> Path:
+    with pytest.raises(Stopped):
+        shards.write_dataset(photos, tmp_path / "out", run=stops_after(3))
+    return tmp_path / ".out.part"
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda part: (part / "train-00001.parquet").unlink(),
+        lambda part: (part / "train-00001.parquet").write_bytes(b"PAR1"),
+        lambda part: (part / "task-train-00001.json").write_text("{"),
+        lambda part: (part / "task-train-00001.json").write_text("[]"),
+    ],
+    ids=["shard gone", "shard torn", "note torn", "note is a list"],
+)
+def test_a_task_is_done_only_if_its_note_and_shard_are_whole(tmp_path, photos, harm):
+    harm(staged(tmp_path, photos))
+    done: list[str] = []
+    shards.write_dataset(photos, tmp_path / "out", run=counting(done))
+    assert done[:2] == ["train-00001", "train-00003"]
+    shards.load_manifest(tmp_path / "out", check_hashes=True)
+
+
+@pytest.mark.parametrize("plan", ["{", "\0", None])
+def test_litter_in_the_hidden_folder_is_removed(tmp_path, photos, plan):
+    part = staged(tmp_path, photos)
+    (part / "folder").mkdir()
+    (part / "train-00099.parquet").write_bytes(b"foreign")
+    if plan is None:
+        (part / "plan.json").unlink()
+    else:
+        (part / "plan.json").write_text(plan)
+    manifest = shards.write_dataset(photos, tmp_path / "out")
+    shards_named = {shard["name"] for split in manifest.splits.values() for shard in split["shards"]}
+    assert {path.name for path in manifest.path.iterdir()} == shards_named | {"dataset.json", "quarantine.jsonl"}
+
+
+def test_a_place_that_cannot_take_the_final_name_is_refused_first(tmp_path, photos):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match="a link to nothing"):
+        shards.write_dataset(photos, tmp_path / "link")
+
+
 def test_what_can_not_be_mended_by_going_on_leaves_nothing(tmp_path, photos):
     for i in range(5):
         (tmp_path / "photos" / "cat" / f"{i:03d}.png").write_text("no picture")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from raydeep.config import Data
-from raydeep.data import decode, fast, shards, sources
+from raydeep.data import decode, fast, sharding, shards, sources
 from raydeep.data.resident import Pixels
 from raydeep.data.splits import read_dataset
 from raydeep.errors import DataError
@@ -374,8 +377,51 @@ def test_a_shard_that_was_harmed_is_found(tmp_path, folder, harm):
 
 
 def test_a_folder_that_is_no_dataset_says_how_to_make_one(tmp_path):
-    with pytest.raises(DataError, match=rf"no dataset\.json; make a dataset with: raydeep shard SOURCE {tmp_path}"):
+    with pytest.raises(DataError, match=r"no dataset\.json\); make one with: raydeep shard SOURCE OUT"):
         shards.load_manifest(tmp_path)
+
+
+def edited(manifest: shards.Manifest, home: Path, edit: Callable[[dict[str, Any]], Any], rehash: bool = True) -> Path:
+    """A copy of a dataset whose manifest was changed by hand."""
+    copy = shutil.copytree(manifest.path, home / "edited")
+    raw = json.loads((copy / "dataset.json").read_text())
+    edit(raw)
+    if rehash:
+        raw["hash"] = sharding.content_hash(raw["classes"], raw["splits"])
+    (copy / "dataset.json").write_text(json.dumps(raw))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m.update(store="zip"), "store 'zip'"),
+        (lambda m: m.update(mode="cmyk"), "mode 'cmyk'"),
+        (lambda m: m.update(size_range=[8, 8, 8]), "size_range"),
+        (lambda m: m.update(size_range=[8, 0, 8, 8]), "size_range"),
+        (lambda m: m.update(mean=[float("nan")]), "mean"),
+        (lambda m: m.update(std=[0]), "std"),
+        (lambda m: m["classes"].pop(), "class counts of train"),
+        (lambda m: m["splits"].pop("val"), "splits train, test"),
+        (lambda m: m["splits"]["val"].update(rows=-4), "rows and class counts of val"),
+        (lambda m: m["splits"]["val"]["shards"][0].update(name="../x.parquet"), "shard '../x.parquet' of val"),
+        (lambda m: m["splits"]["val"]["shards"][0].update(groups=[1]), "shard 'val-00000.parquet' of val"),
+        (lambda m: m["splits"]["val"]["shards"][0].update(groups=None), "lacks"),
+        (lambda m: m["splits"]["val"]["shards"].clear(), "rows and class counts of val"),
+        (lambda m: m["splits"]["val"]["shards"][0].pop("sha256"), "lacks"),
+    ],
+)
+def test_a_manifest_that_was_changed_by_hand_is_refused(tmp_path, digits_manifest, edit, message):
+    folder = edited(digits_manifest, tmp_path, edit)
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        shards.load_manifest(folder, check_hashes=True)
+    assert str(folder / "dataset.json") in str(caught.value)
+
+
+def test_a_hash_that_is_not_that_of_the_content_is_refused(tmp_path, digits_manifest):
+    folder = edited(digits_manifest, tmp_path, lambda m: m["classes"].reverse(), rehash=False)
+    with pytest.raises(DataError, match="its hash is not that of its classes and splits"):
+        shards.load_manifest(folder)
 
 
 def test_a_dataset_of_another_version_is_refused(tmp_path):

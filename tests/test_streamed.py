@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -233,9 +234,21 @@ def test_a_split_for_another_process_needs_no_cluster(manifest):
     assert found.engine is not threads
 
 
-def test_a_shard_that_went_missing_is_named(manifest, tmp_path):
-    import shutil
+def test_a_shard_that_was_replaced_is_noticed(manifest, tmp_path):
+    copy = shards.load_manifest(Path(shutil.copytree(manifest.path, tmp_path / "copy")))
+    found = split(copy)
+    Path(found.files[1]).write_bytes(Path(found.files[0]).read_bytes())
+    with pytest.raises(DataError, match=r"train-00001\.parquet: changed since its labels were read"):
+        list(found.read([[np.arange(len(found.labels))]]))
 
+
+def test_labels_that_are_no_classes_are_refused(manifest, tmp_path):
+    copy = shards.load_manifest(Path(shutil.copytree(manifest.path, tmp_path / "copy")))
+    with pytest.raises(DataError, match=r"train-00000\.parquet: labels from 0 to 9, expected 0 to 4"):
+        streamed(copy._replace(classes=copy.classes[:5]), STREAM, "train")
+
+
+def test_a_shard_that_went_missing_is_named(manifest, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(manifest.path, copy)
     found = split(shards.load_manifest(copy))

@@ -18,7 +18,7 @@ from raydeep.data.resident import Split, in_order
 from raydeep.errors import DataError
 
 AHEAD_ROWS = 2**19  # rows that are planned together: a pipeline's start is paid once for them
-FILLERS = 2  # pictures that a worker without rows is given (one would stop BatchNorm)
+FILLERS = 2  # least pictures of a micro-batch, of which some may not count: one alone would stop BatchNorm
 
 
 class Micro(NamedTuple):
@@ -136,8 +136,8 @@ class Batches:
         labels = self.split.labels[rows]
         micros = []
         for part in order.cut(np.arange(valid), self.accumulate, self.multiple):
-            index: np.ndarray | slice = part if len(part) else np.resize(np.arange(len(rows)), FILLERS)
-            if len(part) == len(rows):
+            index: np.ndarray | slice = np.resize(part if len(part) else np.arange(len(rows)), max(FILLERS, len(part)))
+            if len(part) == len(rows) >= FILLERS:
                 index = slice(None)  # the usual case: no copy
             micros.append(self._micro(pictures[index], labels[index], numbers[index], len(part)))
         return micros

@@ -41,6 +41,7 @@ class Parts(NamedTuple):
     """Rows of one row group."""
 
     file: str
+    stamp: int  # st_mtime_ns of the file when its labels were read
     group: int
     rows: np.ndarray  # int64, inside the group
 
@@ -63,7 +64,9 @@ def fetch(parts: list[Parts], form: Format) -> Block:
     for part in parts:
         before = time.perf_counter()
         try:
-            column = _open(part.file, Path(part.file).stat().st_mtime_ns).read_row_group(part.group, columns=["image"])
+            if Path(part.file).stat().st_mtime_ns != part.stamp:
+                raise DataError(f"{part.file}: changed since its labels were read; leave datasets alone while in use")
+            column = _open(part.file, part.stamp).read_row_group(part.group, columns=["image"])
             pictures = column.column(0).combine_chunks()
         except (OSError, ValueError, IndexError) as err:
             raise DataError(

@@ -106,7 +106,11 @@ def verdict(rows: Sequence[dict[str, Any]], cache: str, decoded_bytes: int, memo
     spent = {stage: sum(row["meter"][f"{stage}_s"] for row in rows) for stage in STAGES}
     idle = sum(waiting(row) * _seconds(row) for row in rows) / seconds
     share = {stage: spent[stage] / seconds for stage in STAGES}
-    first = f"first batch after {rows[0]['first_batch_s']:.1f} s" if rows[0].get("first_batch_s") is not None else ""
+    first = (
+        f"first batch after {rows[0]['first_batch_s']:.1f} s, not counted"
+        if rows[0].get("first_batch_s") is not None
+        else ""
+    )
     if idle < BOUND:
         text = f"not input-bound: {idle:.0%} of training was spent waiting for pictures"
         if share["augment"] >= HEAVY:

@@ -27,8 +27,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from raydeep.data import decode, order, sources
+from raydeep.data.planning import Task, plan
 from raydeep.data.resident import moments_of
-from raydeep.errors import DataError
+from raydeep.errors import DataError, RaydeepError
 from raydeep.run import read_json, sha256_file, write_bytes, write_json
 
 if TYPE_CHECKING:
@@ -40,19 +41,6 @@ JPEG_QUALITY = 95  # of pictures that are scaled
 TICK_S = 0.3  # seconds between two signs of life of a task
 
 Progress = Callable[[int, int], None]  # pictures done, pictures in all
-
-
-class Task(NamedTuple):
-    """One shard to write."""
-
-    split: str
-    number: int  # in its split
-    rows: list[sources.Row]
-
-    @property
-    def name(self) -> str:
-        """Of its shard."""
-        return f"{self.split}-{self.number:05d}"
 
 
 class Work(NamedTuple):
@@ -85,8 +73,13 @@ def write(cfg: Data, out: Path, progress: Progress | None, run: Runner) -> dict[
     Raises:
         DataError: nothing to read, a class or split without pictures, too many bad pictures.
     """
+    out = out.absolute()
+    if out.is_symlink() and not out.exists():
+        raise DataError(f"{out}: a link to nothing; remove it or name another folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return None
+    if out.is_mount():
+        raise DataError(f"{out}: a mount point, which a dataset can't be renamed to when it is whole; name {out}/NAME")
     source = sources.open_source(cfg)
     if not source.rows:
         raise DataError(f"{cfg.source} {cfg.path or ''}: no pictures found")
@@ -97,7 +90,7 @@ def write(cfg: Data, out: Path, progress: Progress | None, run: Runner) -> dict[
         out.with_name(f"{out.name}.quarantine.jsonl").unlink(missing_ok=True)
         try:
             _same_plan(folder, cfg, tasks)
-            left = [task for task in tasks if not _note(folder, task).is_file()]
+            left = [task for task in tasks if _done(folder, task) is None]
             total = sum(len(task.rows) for task in tasks)
             before = total - sum(len(task.rows) for task in left)
             run(Work(source.read, cfg, folder), left, lambda rows: progress(before + rows, total) if progress else None)
@@ -107,10 +100,10 @@ def write(cfg: Data, out: Path, progress: Progress | None, run: Runner) -> dict[
             raise
         if progress:
             progress(total, total)
-        (folder / LOCK).unlink()
         if out.exists():
             out.rmdir()
         os.rename(folder, out)
+        (out / LOCK).unlink(missing_ok=True)  # not before: until the name is final, the folder has an owner
         return facts
 
 
@@ -144,71 +137,21 @@ def _staging(out: Path) -> Iterator[Path | None]:
 
 def _same_plan(folder: Path, cfg: Data, tasks: list[Task]) -> None:
     """Empty the folder unless it holds part of the same dataset."""
-    digest = hashlib.sha256(json.dumps([cfg.model_dump(), sources.fingerprint(cfg)]).encode())
+    facts = [SCHEMA_VERSION, cfg.model_dump(), sources.fingerprint(cfg)]
+    digest = hashlib.sha256(json.dumps(facts).encode())
     for task in tasks:
         for row in task.rows:
             digest.update(f"{task.name}\0{row.label}\0{row.nbytes}\0{row.origin}\n".encode())
     file = folder / "plan.json"
-    if file.is_file() and read_json(file) == digest.hexdigest():
-        return
+    with suppress(RaydeepError, OSError):  # a plan that can't be read is another plan
+        if read_json(file) == digest.hexdigest():
+            return
     for path in folder.iterdir():
-        if path.name != LOCK:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
             path.unlink()
     write_json(file, digest.hexdigest())
-
-
-def plan(source: sources.Source, cfg: Data) -> list[Task]:
-    """Cut the rows of a source into tasks. Pure.
-
-    Train rows come in random order, so that any row group is a sample of the whole; rows that can only be read
-    together (see Source.block) stay together.
-    """
-    names = _assign(source, cfg)
-    tasks: list[Task] = []
-    for split in sources.SPLITS:
-        rows = [row for row, name in zip(source.rows, names, strict=True) if name == split]
-        places = np.arange(len(rows))
-        if split == "train":
-            blocks = places
-            if source.block is not None:
-                numbers: dict[Any, int] = {}
-                blocks = np.array([numbers.setdefault(source.block(row), len(numbers)) for row in rows])
-            places = order.shard_order(blocks, cfg.split_seed)
-        held, start, number = 0, 0, 0
-        for i, place in enumerate(places.tolist()):
-            held += _stored_bytes(rows[place], cfg)
-            if held >= cfg.shard_bytes or i == len(rows) - 1:
-                inside = np.sort(places[start : i + 1])  # read in the order of the source
-                tasks.append(Task(split, number, [rows[j] for j in inside.tolist()]))
-                held, start, number = 0, i + 1, number + 1
-    return tasks
-
-
-def _stored_bytes(row: sources.Row, cfg: Data) -> int:
-    """About what a row takes in a shard."""
-    if cfg.resize is None:
-        return row.nbytes
-    pixels = cfg.resize**2 * (1 if cfg.mode == "grey" else 3)
-    return pixels if cfg.store == "decoded" else min(row.nbytes, pixels // 3)
-
-
-def _assign(source: sources.Source, cfg: Data) -> list[str]:
-    """Split of each row: the source's own where it has them, else stratified by seed."""
-    own = {row.split for row in source.rows}
-    fractions = {}
-    if "test" not in own:
-        fractions["test"] = cfg.test_fraction
-    if "val" not in own:
-        fractions["val"] = cfg.val_fraction
-    labels = np.array([row.label for row in source.rows])
-    open_rows = np.array([row.split in (None, "train") for row in source.rows])
-    names = np.array([row.split or "train" for row in source.rows])
-    if fractions and open_rows.any():
-        names[open_rows] = order.stratified_split(labels[open_rows], fractions, cfg.split_seed)
-    for split in sources.SPLITS:
-        if not (names == split).any():
-            raise DataError(f"{cfg.source} {cfg.path or ''}: the {split} split would be empty; give more pictures")
-    return [str(name) for name in names]
 
 
 # one task
@@ -216,6 +159,18 @@ def _assign(source: sources.Source, cfg: Data) -> list[str]:
 
 def _note(folder: Path, task: Task) -> Path:
     return folder / f"task-{task.name}.json"
+
+
+def _done(folder: Path, task: Task) -> dict[str, Any] | None:
+    """The note of a task, if it can be read and its shard is there as noted."""
+    try:
+        note = read_json(_note(folder, task))
+        shard = note["shard"]
+        if shard is not None and sha256_file(folder / shard["name"]) != shard["sha256"]:
+            return None
+    except (RaydeepError, OSError, KeyError, TypeError):
+        return None
+    return note if note["rows"] == len(task.rows) else None
 
 
 def write_shard(work: Work, task: Task, tell: Callable[[int], None]) -> None:
@@ -340,6 +295,11 @@ def _write_parquet(folder: Path, task: Task, rows: list[tuple[bytes, int, str]],
 # all tasks together
 
 
+def content_hash(classes: list[str], splits: dict[str, Any]) -> str:
+    """Names what a dataset holds."""
+    return hashlib.sha256(json.dumps([classes, splits]).encode()).hexdigest()
+
+
 def _finish(folder: Path, out: Path, classes: list[str], cfg: Data, tasks: list[Task]) -> dict[str, Any]:
     """Write quarantine.jsonl and dataset.json from the notes of the tasks, name the shards."""
     notes = [read_json(_note(folder, task)) for task in tasks]
@@ -357,6 +317,7 @@ def _finish(folder: Path, out: Path, classes: list[str], cfg: Data, tasks: list[
             f"{cfg.max_bad_fraction:.1%}): {examples}. All are listed in {kept}; mend them or raise "
             f"data.max_bad_fraction"
         )
+    known = {f"{task.name}.parquet" for task in tasks} | {quarantine.name, "plan.json", LOCK}
     splits: dict[str, dict[str, Any]] = {}
     for split in sources.SPLITS:
         mine = [note for note in notes if note["split"] == split and note["shard"] is not None]
@@ -384,11 +345,11 @@ def _finish(folder: Path, out: Path, classes: list[str], cfg: Data, tasks: list[
         "std": [round(value, 6) for value in std],
         "splits": splits,
         "quarantined": len(bad),
-        "hash": hashlib.sha256(json.dumps([classes, splits]).encode()).hexdigest(),
+        "hash": content_hash(classes, splits),
     }
     write_json(folder / "dataset.json", facts)
     for path in folder.iterdir():
-        if path.name.startswith(("task-", "rows-", ".")) and path.name != LOCK:
+        if path.name not in known | {"dataset.json"}:
             path.unlink()
     (folder / "plan.json").unlink()
     return facts

@@ -87,8 +87,10 @@ def load_manifest(path: Path, check_hashes: bool = False) -> Manifest:
         DataError: the folder is no dataset, of another version, or misses shards.
     """
     file = path / "dataset.json"
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder; make a dataset with: raydeep shard SOURCE OUT")
     if not file.is_file():
-        raise DataError(f"{path}: no dataset.json; make a dataset with: raydeep shard SOURCE {path}")
+        raise DataError(f"{path}: not a dataset (it has no dataset.json); make one with: raydeep shard SOURCE OUT")
     raw = read_json(file)
     if not isinstance(raw, dict):
         raise DataError(f"{file}: expected a JSON object; shard the source again")
@@ -99,9 +101,12 @@ def load_manifest(path: Path, check_hashes: bool = False) -> Manifest:
     try:
         fields = {name: raw[name] for name in Manifest._fields if name != "path"}
         manifest = Manifest(path=path, **{**fields, "size_range": tuple(fields["size_range"])})
+        wrong = _contradiction(manifest)
         total = sum(shard["bytes"] for split in manifest.splits.values() for shard in split["shards"])
-    except (KeyError, TypeError, AttributeError) as err:
+    except (KeyError, TypeError, AttributeError, ValueError) as err:
         raise DataError(f"{file}: lacks {err}; shard the source again") from None
+    if wrong:
+        raise DataError(f"{file}: {wrong}; it was changed by hand: shard the source again")
     for split in manifest.splits.values():
         for shard in split["shards"]:
             found = path / shard["name"]
@@ -110,6 +115,36 @@ def load_manifest(path: Path, check_hashes: bool = False) -> Manifest:
             if check_hashes and total <= MAX_HASHED_BYTES and sha256_file(found) != shard["sha256"]:
                 raise DataError(f"{found}: its sha256 is not that of dataset.json; shard the source again")
     return manifest
+
+
+def _contradiction(m: Manifest) -> str | None:
+    """What in a manifest can't be, or None."""
+    if m.hash != sharding.content_hash(m.classes, m.splits):
+        return "its hash is not that of its classes and splits"
+    if m.mode not in decode.CHANNELS or m.store not in ("encoded", "decoded"):
+        return f"mode {m.mode!r}, store {m.store!r}"
+    sizes = [*m.size_range]
+    if len(sizes) != 4 or not all(isinstance(v, int) and v > 0 for v in sizes) or m.stored > m.size_range[2:]:
+        return f"size_range {sizes}"
+    if len(m.mean) != len(m.std) or not all(0 <= v <= 1 for v in m.mean) or not all(0 < v <= 1 for v in m.std):
+        return f"mean {m.mean}, std {m.std}"
+    if list(m.splits) != list(sources.SPLITS):
+        return f"splits {', '.join(m.splits)}"
+    names: list[str] = []
+    for split, facts in m.splits.items():
+        for shard in facts["shards"]:
+            names.append(shard["name"])
+            if len(shard["sha256"]) != 64 or shard["bytes"] < 0:
+                return f"sha256 or bytes of {shard['name']}"
+            if Path(shard["name"]).name != shard["name"] or sum(shard["groups"]) != shard["rows"]:
+                return f"shard {shard['name']!r} of {split}"
+            if not all(isinstance(rows, int) and rows > 0 for rows in shard["groups"]):
+                return f"row groups of {shard['name']}"
+        counts = facts["class_counts"]
+        rows = sum(shard["rows"] for shard in facts["shards"])
+        if not rows or facts["rows"] != rows or sum(counts) != rows or len(counts) != len(m.classes) or min(counts) < 0:
+            return f"rows and class counts of {split}"
+    return "a shard stands in it twice" if len(set(names)) < len(names) else None
 
 
 def dataset_folder(cfg: Data, storage: Path) -> Path:

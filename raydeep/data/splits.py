@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,6 +53,24 @@ def read_dataset(manifest: Manifest, cfg: Data, engine: Engine = threads, progre
     return Dataset(train, splits["val"], splits["test"], manifest.classes, mean, std)
 
 
+def _labels(file: Path, classes: int) -> np.ndarray:
+    """Labels of a shard: int64 N.
+
+    Raises:
+        DataError: they are no class numbers.
+    """
+    try:
+        column = pq.read_table(file, columns=["label"]).column(0)
+    except (OSError, ValueError, KeyError) as err:
+        raise DataError(f"{file}: its labels can't be read: {err}; shard the source again") from None
+    if str(column.type) != "int64" or column.null_count:
+        raise DataError(f"{file}: labels are {column.type}, {column.null_count} of them null; shard the source again")
+    labels = column.to_numpy()
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise DataError(f"{file}: labels from {labels.min()} to {labels.max()}, expected 0 to {classes - 1}")
+    return labels
+
+
 def in_process(split: Split) -> Split:
     """A split that needs no cluster to be read: another process can take it along."""
     if isinstance(split, Streamed):
@@ -90,7 +109,7 @@ def decoded_bytes(manifest: Manifest, cfg: Data) -> int:
 def streamed(manifest: Manifest, cfg: Data, split: str, engine: Engine = threads) -> Streamed:
     """One split on disk; of train, at most data.limit_per_class pictures a class."""
     files = manifest.files(split)
-    labels = np.concatenate([pq.read_table(f, columns=["label"]).column(0).to_numpy() for f in files])
+    labels = np.concatenate([_labels(file, len(manifest.classes)) for file in files])
     sizes = [(file, group, rows) for file, shard in enumerate(manifest.splits[split]["shards"])
              for group, rows in enumerate(shard["groups"])]  # fmt: skip
     starts = np.cumsum([0, *(rows for _, _, rows in sizes)])

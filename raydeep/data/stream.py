@@ -100,7 +100,7 @@ def runner(workers: int | None = None) -> sharding.Runner:
         def do(batch: dict[str, Any]) -> dict[str, list[bytes]]:
             try:
                 work(pickle.loads(batch["task"][0]))
-            except RaydeepError as err:  # as a value: Ray Data would bury it in kinds of its own
+            except (RaydeepError, OSError) as err:  # as a value: Ray Data would bury it in kinds of its own
                 return {"error": [pickle.dumps(err)]}
             return {"error": [b""]}
 

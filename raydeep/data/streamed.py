@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,6 +65,7 @@ class Streamed:
             window_bytes: decoded pictures that are shuffled together.
             engine: fetches the units.
         """
+        self.stamps = [Path(file).stat().st_mtime_ns for file in files]
         self.files, self.groups, self.labels, self.form, self.engine = files, groups, labels, form, engine
         self.sizes = np.array([len(rows) for _, _, rows in groups], np.int64)
         self.starts = np.cumsum(self.sizes) - self.sizes
@@ -88,7 +90,9 @@ class Streamed:
         for start, end in zip([0, *ends.tolist()], [*ends.tolist(), len(rows)], strict=True):
             number = int(group[start])
             file, index, inside = self.groups[number]
-            parts.append(fast.Parts(self.files[file], index, inside[rows[start:end] - self.starts[number]]))
+            parts.append(
+                fast.Parts(self.files[file], self.stamps[file], index, inside[rows[start:end] - self.starts[number]])
+            )
         return parts
 
     def read(self, epochs: Sequence[Rows], meter: Meter | None = None) -> Generator[np.ndarray]:

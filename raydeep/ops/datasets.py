@@ -59,6 +59,9 @@ def prepare(job: Job, ui: Ui) -> Manifest:
             f"{height}×{width}×{channels}, {len(manifest.classes)} classes"
             f"{'' if resident else ', streamed'}"
         )
+        low = min(manifest.stored)
+        if height > low:
+            stage.text += f"; pictures of {low} pixels are enlarged"
         if manifest.quarantined:
             stage.text += f"; {manifest.quarantined} in quarantine ({manifest.path / 'quarantine.jsonl'})"
     return manifest
@@ -101,6 +104,8 @@ def shard(job: Job, out: Path, workers: int | None, ui: Ui) -> Manifest:
         rows = ", ".join(f"{manifest.rows(split):,} {split}" for split in manifest.splits)
         stage.text = f"{rows}, {len(manifest.classes)} classes, {manifest.quarantined} in quarantine"
     ui.say(f"dataset    {out}")
+    if job.data.limit_per_class is not None:
+        ui.say("note       data.limit_per_class takes effect when a job trains; the shards hold all pictures")
     return manifest
 
 

@@ -26,6 +26,7 @@ class Checkpoint(NamedTuple):
     epoch: int  # epochs finished
     step: int  # steps of the next one that are done
     loss_sum: float  # of those steps, over all workers
+    steps_per_epoch: int
     model: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
 
@@ -37,10 +38,11 @@ class Moment(NamedTuple):
     step: int
     loss_sum: float
     global_step: int
+    steps_per_epoch: int
 
 
 def save(folder: Path, moment: Moment, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
-    """Write `folder/step-NNNNNNNNN` (of all steps), then drop all but the newest KEEP."""
+    """Write `folder/step-NNNNNNNNN` (of all steps), then drop all but the newest KEEP up to it."""
     own = optimizer.state_dict()
     tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     plain: dict[str, dict[str, Any]] = {}
@@ -63,8 +65,10 @@ def save(folder: Path, moment: Moment, model: nn.Module, optimizer: torch.optim.
         os.rename(aside, final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    for old in _all(folder)[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+    kept = [path for path in _all(folder) if path.name <= final.name][-KEEP:]
+    for old in _all(folder):
+        if old not in kept:  # a later one was passed over as torn, and training goes on from before it
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -84,15 +88,25 @@ def latest(folder: Path) -> Checkpoint | None:
             file = path / "tensors.safetensors"
             if sha256_file(file) != state["sha256"]:
                 continue
-            tensors = load_tensors(file.read_bytes())
-        except (OSError, RaydeepError, SafetensorError, KeyError):
+            return _checkpoint(state, load_tensors(file.read_bytes()))
+        except (OSError, RaydeepError, SafetensorError, KeyError, TypeError, ValueError, AttributeError):
             continue
-        optim_state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in state["plain"].items()}
-        for key, value in tensors.items():
-            if key.startswith("optim."):
-                _, index, name = key.split(".", 2)
-                optim_state.setdefault(int(index), {})[name] = value
-        model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        optimizer = {"state": optim_state, "param_groups": state["groups"]}
-        return Checkpoint(state["epoch"], state["step"], state["loss_sum"], model, optimizer)
     return None
+
+
+def _checkpoint(state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Checkpoint:
+    optim_state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in state["plain"].items()}
+    for key, value in tensors.items():
+        if key.startswith("optim."):
+            _, index, name = key.split(".", 2)
+            optim_state.setdefault(int(index), {})[name] = value
+    model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    optimizer = {"state": optim_state, "param_groups": state["groups"]}
+    epoch, step, per_epoch = (int(state[key]) for key in ("epoch", "step", "steps_per_epoch"))
+    return Checkpoint(epoch, step, float(state["loss_sum"]), per_epoch, model, optimizer)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed save left half-written."""
+    for path in folder.glob(".step-*.part"):
+        shutil.rmtree(path, ignore_errors=True)

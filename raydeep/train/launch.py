@@ -235,6 +235,7 @@ def _worker(config: dict[str, Any]) -> None:
 
         resume = checkpoint.latest(folder / "checkpoints")
         if rank == 0:
+            checkpoint.clean(folder / "checkpoints")
             _forget(folder / "metrics.jsonl", resume.epoch if resume else 0)
         fit(
             model, losses.cross_entropy(cfg.label_smoothing), batches, cfg, seed=job.seed, evaluate=score,

@@ -64,12 +64,17 @@ def fit(
         The metrics of each epoch.
 
     Raises:
-        TrainError: the loss is not finite; on every worker at the same step.
+        TrainError: the loss is not finite, on every worker at the same step; or `resume` is of another training.
     """
     epochs, lr = cfg.epochs if epochs is None else epochs, cfg.lr if lr is None else lr
     rank, world = parallel.rank_world()
     device = batches.device
     if resume is not None:
+        if resume.steps_per_epoch != batches.steps_per_epoch:
+            raise TrainError(
+                f"the checkpoint is of a training of {resume.steps_per_epoch} steps an epoch, this one has "
+                f"{batches.steps_per_epoch}: the data or train.batch_size changed since; start a new run"
+            )
         model.load_state_dict(resume.model)
     optimizer = make_optimizer(model, cfg, lr)
     if resume is not None:
@@ -116,7 +121,7 @@ def fit(
                 due = cfg.checkpoint_steps and step % cfg.checkpoint_steps == 0
                 if save is not None and due and inside < batches.steps_per_epoch:
                     so_far = parallel.all_sum(loss_sum.clone()).item()
-                    save(checkpoint.Moment(epoch, inside, so_far, step), model, optimizer)
+                    save(checkpoint.Moment(epoch, inside, so_far, step, batches.steps_per_epoch), model, optimizer)
             train_s = time.perf_counter() - start
             mean_loss = parallel.all_sum(loss_sum).item() / batches.steps_per_epoch
             done = sum(batches.step_rows(s) for s in range(first, batches.steps_per_epoch))
@@ -142,7 +147,7 @@ def fit(
             if on_epoch is not None:
                 on_epoch(metrics, model, optimizer)
             if save is not None:
-                save(checkpoint.Moment(epoch + 1, 0, 0.0, step), model, optimizer)
+                save(checkpoint.Moment(epoch + 1, 0, 0.0, step, batches.steps_per_epoch), model, optimizer)
     return history
 
 
