@@ -140,6 +140,19 @@ def test_a_place_that_cannot_take_the_final_name_is_refused_first(tmp_path, phot
         shards.write_dataset(photos, tmp_path / "link")
 
 
+def test_a_source_that_fails_on_the_way_costs_only_what_was_not_done(tmp_path, photos):
+    def fails(work: sharding.Work, tasks: Sequence[sharding.Task], tell: Callable[[int], None]) -> None:
+        for task in tasks[:2]:
+            work(task)
+        raise DataError("data.path: the server is gone")
+
+    with pytest.raises(DataError, match="the server is gone"):
+        shards.write_dataset(photos, tmp_path / "out", run=fails)
+    done: list[str] = []
+    shards.write_dataset(photos, tmp_path / "out", run=counting(done))
+    assert done[0] == "train-00002"
+
+
 def test_what_can_not_be_mended_by_going_on_leaves_nothing(tmp_path, photos):
     for i in range(5):
         (tmp_path / "photos" / "cat" / f"{i:03d}.png").write_text("no picture")

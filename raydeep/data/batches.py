@@ -17,7 +17,7 @@ from raydeep.data.meter import Meter
 from raydeep.data.resident import Split, in_order
 from raydeep.errors import DataError
 
-AHEAD_ROWS = 2**19  # rows that are planned together: a pipeline's start is paid once for them
+AHEAD_ROWS = 2**19  # rows that are planned together: over the ends of small epochs, reading goes on
 FILLERS = 2  # least pictures of a micro-batch, of which some may not count: one alone would stop BatchNorm
 
 

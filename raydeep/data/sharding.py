@@ -39,6 +39,7 @@ SCHEMA_VERSION = 2
 GROUP_ROWS, GROUP_BYTES = 1024, 8 * 2**20  # most rows and bytes of a row group: what is read at once when streaming
 JPEG_QUALITY = 95  # of pictures that are scaled
 TICK_S = 0.3  # seconds between two signs of life of a task
+LOCK = ".lock"
 
 Progress = Callable[[int, int], None]  # pictures done, pictures in all
 
@@ -90,13 +91,18 @@ def write(cfg: Data, out: Path, progress: Progress | None, run: Runner) -> dict[
         out.with_name(f"{out.name}.quarantine.jsonl").unlink(missing_ok=True)
         try:
             _same_plan(folder, cfg, tasks)
-            left = [task for task in tasks if _done(folder, task) is None]
+            left = [task for task in tasks if not _done(folder, task)]
             total = sum(len(task.rows) for task in tasks)
             before = total - sum(len(task.rows) for task in left)
             run(Work(source.read, cfg, folder), left, lambda rows: progress(before + rows, total) if progress else None)
+        except DataError:  # a source that can't be reached, say: what is done by then is gone on with
+            if not any(folder.glob("task-*.json")):
+                shutil.rmtree(folder)
+            raise
+        try:
             facts = _finish(folder, out, source.classes, cfg, tasks)
         except DataError:
-            shutil.rmtree(folder)  # what can't be mended by going on is not gone on with
+            shutil.rmtree(folder)  # going on would not mend it
             raise
         if progress:
             progress(total, total)
@@ -105,9 +111,6 @@ def write(cfg: Data, out: Path, progress: Progress | None, run: Runner) -> dict[
         os.rename(folder, out)
         (out / LOCK).unlink(missing_ok=True)  # not before: until the name is final, the folder has an owner
         return facts
-
-
-LOCK = ".lock"
 
 
 @contextmanager
@@ -161,16 +164,15 @@ def _note(folder: Path, task: Task) -> Path:
     return folder / f"task-{task.name}.json"
 
 
-def _done(folder: Path, task: Task) -> dict[str, Any] | None:
-    """The note of a task, if it can be read and its shard is there as noted."""
+def _done(folder: Path, task: Task) -> bool:
+    """Whether the note of a task can be read and its shard is there as noted."""
     try:
         note = read_json(_note(folder, task))
         shard = note["shard"]
-        if shard is not None and sha256_file(folder / shard["name"]) != shard["sha256"]:
-            return None
+        whole = shard is None or sha256_file(folder / shard["name"]) == shard["sha256"]
+        return whole and note["rows"] == len(task.rows)
     except (RaydeepError, OSError, KeyError, TypeError):
-        return None
-    return note if note["rows"] == len(task.rows) else None
+        return False
 
 
 def write_shard(work: Work, task: Task, tell: Callable[[int], None]) -> None:
@@ -301,7 +303,7 @@ def content_hash(classes: list[str], splits: dict[str, Any]) -> str:
 
 
 def _finish(folder: Path, out: Path, classes: list[str], cfg: Data, tasks: list[Task]) -> dict[str, Any]:
-    """Write quarantine.jsonl and dataset.json from the notes of the tasks, name the shards."""
+    """Write quarantine.jsonl and dataset.json from the notes of the tasks; remove the notes."""
     notes = [read_json(_note(folder, task)) for task in tasks]
     bad = [tuple(entry) for note in notes for entry in note["bad"]]
     quarantine = folder / "quarantine.jsonl"
