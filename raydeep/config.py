@@ -56,12 +56,7 @@ class Job(Section):
             raise ValueError("quantize.activation_bits needs quantize.weight_bits (integer kernels need both)")
         if self.data.source not in ("digits", "synthetic") and not self.data.path:
             raise ValueError(f"data.source {self.data.source} needs data.path (--set data.path=FOLDER)")
-        least = self.scaling.workers * self.train.accumulate
-        if self.train.batch_size < least:
-            raise ValueError(
-                f"train.batch_size {self.train.batch_size} is less than scaling.workers {self.scaling.workers} × "
-                f"train.accumulate {self.train.accumulate}: raise it to {least} or more"
-            )
+        self._check_batch()
         space = self.search.space
         integers = self.quantize.weight_bits is not None or any(space.get("quantize.weight_bits", []))
         if any(space.get("quantize.activation_bits", [])) and not integers:
@@ -82,6 +77,28 @@ class Job(Section):
                 except JobError as err:
                     raise ValueError(f"search.space.{key}: {err}") from None
         return self
+
+    def _check_batch(self) -> None:
+        scaling, train = self.scaling, self.train
+        least = scaling.max_workers // scaling.pipeline_stages * train.accumulate
+        if train.batch_size < least:
+            raise ValueError(
+                f"train.batch_size {train.batch_size} is less than scaling.workers {scaling.max_workers} × "
+                f"train.accumulate {train.accumulate}: raise it to {least} or more"
+            )
+        if scaling.strategy == "pipeline":
+            if train.batch_size % least or not train.drop_last:
+                raise ValueError(
+                    f"scaling.strategy pipeline needs micro-batches of one size: train.drop_last true, and "
+                    f"train.batch_size (now {train.batch_size}) a multiple of replicas × train.accumulate = {least}"
+                )
+            if train.accumulate < scaling.pipeline_stages:
+                raise ValueError(
+                    f"train.accumulate {train.accumulate} micro-batches can't fill a pipeline of "
+                    f"{scaling.pipeline_stages} stages; raise it to {scaling.pipeline_stages} or more (4 × is usual)"
+                )
+        if train.optimizer == "muon" and scaling.strategy == "fsdp":
+            raise ValueError("train.optimizer muon needs whole matrices: use scaling.strategy ddp, or adamw with fsdp")
 
     def with_values(self, values: dict[str, Any], check_pairs: bool = True) -> Job:
         """A copy with dotted keys set, validated; the search space is left out of the copy.

@@ -188,20 +188,43 @@ class Train(Section):
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
     batch_size: Count = Field(128, description="Global batch: all workers and accumulation steps together")
     accumulate: Count = Field(1, description="Micro-batches whose gradients are summed before a step")
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd is Nesterov momentum")
+    optimizer: Literal["sgd", "adamw", "muon"] = Field(
+        "sgd",
+        description="sgd is Nesterov momentum; muon orthogonalises the update of inner kernels and matrices, the rest "
+        "(first and last layer, biases, norms) takes adamw at lr × muon_rest",
+    )
+    muon_rest: Positive = Field(0.1, description="muon: learning rate of what adamw trains, as a share of lr")
     lr: Positive = Field(0.1, description="Peak learning rate")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Of sgd and muon")
     weight_decay: NotNegative = 5e-4
-    warmup_epochs: NotNegative = Field(1.0, description="Linear warm-up, in epochs; then cosine to zero")
+    schedule: Literal["cosine", "one_cycle", "step"] = Field(
+        "cosine",
+        description="Learning rate after warm-up: cosine to zero (arXiv 1608.03983), one_cycle (1708.07120; the warm-up "
+        "is its rise), or step (× step_factor at each of step_at)",
+    )
+    step_at: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(max_length=16)] = Field(
+        (0.5, 0.75), description="schedule step: shares of the training after which the rate falls"
+    )
+    step_factor: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="schedule step: the factor")
+    warmup_epochs: NotNegative = Field(1.0, description="Linear warm-up, in epochs")
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Decay a step of the moving average of weights that is evaluated and kept; 0 = off"
+    )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: MaybePositive = Field(None, description="Clip the gradient's norm to this; none: off")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 autocast on GPUs that have it, float32 elsewhere"
     )
+    compile: bool = Field(False, description="torch.compile the network (minutes to start, on CPU rarely worth it)")
+    channels_last: Literal["auto"] | bool = Field("auto", description="NHWC memory layout; auto: on GPUs")
     drop_last: bool = Field(True, description="Leave out an epoch's last batch if it is not full")
     checkpoint_steps: MaybeCount = Field(
-        None, description="Checkpoint every so many steps too; none: at the end of each epoch only"
+        None, description="Checkpoint every so many steps, beside the end of each epoch"
     )
+    checkpoint_seconds: MaybePositive = Field(
+        300.0, description="Checkpoint after so many seconds without one; none: only by steps and epochs"
+    )
+    keep_checkpoints: Count = Field(2, description="Newest checkpoints that are kept, beside the best")
     eval_batch_size: Count = 512
     eval_flip: bool = Field(
         False, description="Validation during training averages the logits of a picture and its mirror image"
@@ -271,10 +294,82 @@ class Export(Section):
     batch_size: Count = Field(1, description="Batch of the latency test")
 
 
-class Scaling(Section):
-    """How many workers, and what each gets. Names as in Ray's ScalingConfig."""
+def _workers(value: Any) -> Any:
+    if isinstance(value, list) and len(value) == 2:
+        value = tuple(value)
+    numbers = value if isinstance(value, tuple) and len(value) == 2 else (value,)
+    if all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= 4096 for n in numbers) and (
+        len(numbers) == 1 or numbers[0] <= numbers[1]
+    ):
+        return value
+    raise ValueError("expected a number of workers from 1 to 4096, or [min, max] to grow and shrink with the cluster")
 
-    workers: Annotated[int, Field(ge=1, le=4096)] = 1
+
+class Scaling(Section):
+    """How many workers, what each gets, and how the training is spread over them. Names as in Ray's ScalingConfig."""
+
+    workers: Annotated[int | tuple[int, int], BeforeValidator(_workers)] = Field(
+        1, description="Training workers; [min, max]: as many as the cluster has room for, changing as it does"
+    )
+    workers_per_node: MaybeCount = Field(None, description="Most workers on one node; none: packed")
     cpus_per_worker: Positive = Field(1.0, description="Logical CPUs a worker reserves")
-    use_gpu: bool = False
+    use_gpu: bool = Field(False, description="One GPU a worker")
+    strategy: Literal["ddp", "fsdp", "pipeline"] = Field(
+        "ddp",
+        description="ddp: each worker holds the whole model; fsdp: parameters, gradients and optimizer state are "
+        "sharded; pipeline: each worker holds a stage, train.accumulate micro-batches flow through",
+    )
+    sync_batchnorm: bool = Field(False, description="ddp: BatchNorm over the global batch, not a worker's share")
+    gradient_compression: Annotated[Literal["bf16"] | None, BeforeValidator(_none_word)] = Field(
+        None, description="ddp: send gradients as bfloat16"
+    )
+    stages: MaybeCount = Field(None, description="pipeline: stages; workers / stages replicas; none: one a worker")
+    pipeline_schedule: Literal["1f1b", "gpipe"] = Field(
+        "1f1b", description="pipeline: 1f1b (arXiv 1806.03377; keeps few activations) or gpipe (1811.06965)"
+    )
+    cut_points: Annotated[tuple[str, ...], Field(max_length=4095)] = Field(
+        (), description="pipeline: modules with which each further stage begins; none named: balanced by cost"
+    )
     max_failures: Annotated[int, Field(ge=0)] = Field(2, description="Worker failures to recover from")
+    stall_timeout_s: Positive = Field(900.0, description="Fail if no step is done for so long, saying who waits where")
+    resize_interval_s: Positive = Field(30.0, description="workers [min, max]: seconds between looks for room to grow")
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change."""
+        return self.min_workers < self.max_workers
+
+    @model_validator(mode="after")
+    def _fits_strategy(self) -> Scaling:
+        if self.strategy != "ddp":
+            for key in ("sync_batchnorm", "gradient_compression"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} needs strategy ddp, found {self.strategy}")
+        if self.strategy != "pipeline":
+            for key in ("stages", "cut_points"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} needs strategy pipeline, found {self.strategy}")
+            return self
+        if self.elastic:
+            raise ValueError("strategy pipeline needs a fixed number of workers; [min, max] works with ddp and fsdp")
+        stages = self.pipeline_stages
+        if self.max_workers % stages:
+            raise ValueError(f"workers {self.max_workers} is no multiple of stages {stages}")
+        if self.cut_points and len(self.cut_points) != stages - 1:
+            raise ValueError(f"{stages} stages need {stages - 1} cut_points, found {len(self.cut_points)}")
+        return self
+
+    @property
+    def pipeline_stages(self) -> int:
+        """Stages of the pipeline; 1 for other strategies."""
+        return (self.stages or self.max_workers) if self.strategy == "pipeline" else 1
