@@ -71,7 +71,7 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: 
 
         data = stream.load(manifest, job.data, lambda done, total: stage.update(done, total, "pictures decoded"))
         shared = stream.share(data)
-        stage.text = f"{job.scaling.workers} workers, {plan.concurrent_trials} trials at once"
+        stage.text = f"{_workers(job)} workers, {plan.concurrent_trials} trials at once"
     spec |= {"mean": data.mean, "std": data.std}
     sizes = {split: len(getattr(data, split).labels) for split in ("train", "val", "test")}
     run.note(dataset={
@@ -79,6 +79,11 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: 
         "path": str(manifest.path),
     })  # fmt: skip
     return Session(job, run, ui, manifest, plan, data, shared, spec)
+
+
+def _workers(job: Job) -> str:
+    scaling = job.scaling
+    return f"{scaling.min_workers} to {scaling.max_workers}" if scaling.elastic else str(scaling.min_workers)
 
 
 def train_dense(session: Session) -> Dense:
@@ -98,6 +103,9 @@ def train_dense(session: Session) -> Dense:
     with ui.stage("train") as stage:
 
         def line(row: dict[str, Any]) -> None:
+            if "attempt" in row:
+                _say_attempt(row, ui)
+                return
             stage.update(
                 row["epoch"], row["epochs"],
                 f"epochs, loss {row['train_loss']:.3f}, val {row['val_accuracy']:.2%}",
@@ -105,10 +113,10 @@ def train_dense(session: Session) -> Dense:
 
         launch.train(job, run, session.shared, session.spec, line)
         last = checkpoint.latest(run.path / "checkpoints")
-        if last is None or last.epoch < job.train.epochs:
+        if last is None or last.moment.epoch < job.train.epochs:
             raise RaydeepError(f"{run.path}: training ended without its last checkpoint; see {run.path}/ray.log")
         model = artifact.build(session.spec)
-        model.load_state_dict(last.model)
+        model.load_state_dict(last.weights())
         spec, tensors = artifact.freeze(model.eval(), session.spec, fold=False)
         packed = pack.pack(spec, tensors)
         result = plan.measure(packed, data, job.train.eval_batch_size)
@@ -123,10 +131,19 @@ def train_dense(session: Session) -> Dense:
         export.write_model(folder, packed)
         stage.text = (
             f"{job.model.name}: {result.test_accuracy:.2%} test, {result.val_accuracy:.2%} val accuracy after "
-            f"{last.epoch} epochs"
+            f"{last.moment.epoch} epochs"
         )
     datasets.say_input(job, run, session.manifest, ui)
     return plan.Dense(*artifact.load_model(folder))
+
+
+def _say_attempt(row: dict[str, Any], ui: Ui) -> None:
+    """A training that begins again: from where, with how many workers, and what it lost."""
+    for note in row["notes"]:
+        ui.say(f"  checkpoint {note}")
+    if row["attempt"] > 1 or row["from_step"]:
+        lost = max(0, row["reached_before"] - row["from_step"])
+        ui.say(f"  goes on at step {row['from_step']} with {row['workers']} workers; {lost} steps are done again")
 
 
 def train(job: Job, command: str, ui: Ui, resume: Run | None = None) -> Run:

@@ -23,6 +23,7 @@ app = typer.Typer(
 JobFile = Annotated[Path | None, typer.Argument(help="Job file (YAML); see jobs/")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: section.key=value")]
 Resume = Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run folder")]
+Force = Annotated[bool, typer.Option("--force", help="With --resume: go on with a job that differs from the run's")]
 Download = Annotated[bool, typer.Option("--download", help="Let torchvision fetch the dataset if it is not there")]
 From = Annotated[
     Path | None, typer.Option("--from", metavar="RUN", help="Start from the dense model of this run or model folder")
@@ -49,22 +50,35 @@ def _sets(sets: list[str] | None, download: bool) -> list[str]:
 
 
 def _run_stage(
-    stage: str, job: Path | None, sets: list[str] | None, resume: Path | None, start: Path | None, download: bool
+    stage: str,
+    job: Path | None,
+    sets: list[str] | None,
+    resume: Path | None,
+    start: Path | None,
+    download: bool,
+    force: bool,
 ) -> None:
     from raydeep import api
-    from raydeep.config import load_job
+    from raydeep.config import load_job, parse_sets
     from raydeep.errors import JobError
     from raydeep.ops.console import Ui
     from raydeep.run import Run
 
-    if (job is None) == (resume is None):
-        raise JobError(f"raydeep {stage} needs a job file or --resume RUN, and not both")
-    if resume is not None and (sets or start):
-        raise JobError("--resume goes on with the run's own job: --set and --from can't change it")
+    if job is None and resume is None:
+        raise JobError(f"raydeep {stage} needs a job file, or --resume RUN")
+    if resume is not None and start:
+        raise JobError("--resume goes on with the run's own dense model: --from can't change it")
     ui = Ui()
     command = shlex.join(["raydeep", *sys.argv[1:]])
     run = Run.open(resume) if resume is not None else None
-    resolved = run.job if run is not None else load_job(job or "", _sets(sets, download))
+    if job is not None:
+        resolved = load_job(job, _sets(sets, download))
+    else:
+        assert run is not None
+        resolved = parse_sets(run.job.model_dump(mode="json"), sets or [], "--set")
+    if run is not None:
+        run.take(resolved, force)
+        resolved = run.job
     try:
         if stage == "train":
             api.train(resolved, command, ui, resume=run)
@@ -78,25 +92,29 @@ def _run_stage(
 
 
 @app.command()
-def train(job: JobFile = None, sets: Sets = None, resume: Resume = None, download: Download = False) -> None:
+def train(
+    job: JobFile = None, sets: Sets = None, resume: Resume = None, download: Download = False, force: Force = False
+) -> None:
     """Train the dense model of a job on Ray Train."""
-    _run_stage("train", job, sets, resume, None, download)
+    _run_stage("train", job, sets, resume, None, download, force)
 
 
 @app.command()
 def compress(
-    job: JobFile = None, sets: Sets = None, resume: Resume = None, start: From = None, download: Download = False
-) -> None:
+    job: JobFile = None, sets: Sets = None, resume: Resume = None, start: From = None, download: Download = False,
+    force: Force = False,
+) -> None:  # fmt: skip
     """Compress once, as the job says; no search."""
-    _run_stage("compress", job, sets, resume, start, download)
+    _run_stage("compress", job, sets, resume, start, download, force)
 
 
 @app.command()
 def search(
-    job: JobFile = None, sets: Sets = None, resume: Resume = None, start: From = None, download: Download = False
-) -> None:
+    job: JobFile = None, sets: Sets = None, resume: Resume = None, start: From = None, download: Download = False,
+    force: Force = False,
+) -> None:  # fmt: skip
     """Search for the Pareto front; export and report it."""
-    _run_stage("search", job, sets, resume, start, download)
+    _run_stage("search", job, sets, resume, start, download, force)
 
 
 @app.command()

@@ -28,7 +28,7 @@ from raydeep.sections import (
 
 __all__ = [
     "DEFAULT_SPACE", "Augment", "Data", "Distill", "Export", "Job", "Model", "Prune", "Quantize", "Recover", "Scaling",
-    "Search", "Section", "Train", "load_job", "parse_job", "parse_sets", "valid_keys",
+    "Search", "Section", "Train", "differing", "load_job", "parse_job", "parse_sets", "valid_keys",
 ]  # fmt: skip
 
 
@@ -122,6 +122,18 @@ class Job(Section):
 
 
 SEARCHABLE = ("prune", "quantize", "distill", "recover")
+
+
+def differing(before: Job, after: Job) -> list[str]:
+    """The keys in which two jobs differ, with both values; where a run is stored does not count."""
+    one, other = before.model_dump(mode="json"), after.model_dump(mode="json")
+    found = []
+    for key in valid_keys():
+        section, _, leaf = key.partition(".")
+        a, b = (tree[section][leaf] if leaf else tree[section] for tree in (one, other))
+        if a != b and key != "storage" and not (not leaf and isinstance(a, dict)):
+            found.append(f"{key} was {a}, now {b}")
+    return found
 
 
 def load_job(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Job:

@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 from raydeep import __version__
-from raydeep.config import Job, load_job
-from raydeep.errors import ModelError, RaydeepError
+from raydeep.config import Job, differing, load_job
+from raydeep.errors import JobError, ModelError, RaydeepError
 
 PACKAGES = ("ray", "torch", "torchvision", "kornia", "pyarrow", "numpy", "optuna", "onnx", "onnxruntime")
 
@@ -136,7 +136,7 @@ class Run:
         except OSError as err:
             raise RaydeepError(f"storage: can't make {path}: {err.strerror}; set storage=FOLDER") from None
         run = cls(path, job)
-        write_bytes(path / "job.yaml", yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode())
+        run._write_job()
         write_json(path / "provenance.json", {"id": path.name, "command": command, **provenance(job.seed)})
         return run
 
@@ -151,6 +151,27 @@ class Run:
         if not (path / "job.yaml").is_file():
             raise RaydeepError(f"{path}: not a run folder (no job.yaml); give the folder that a command printed")
         return cls(path, load_job(path / "job.yaml"))
+
+    def take(self, job: Job, force: bool = False) -> None:
+        """Go on with this job, which must be the run's own; if `force`, it may differ and becomes it.
+
+        Raises:
+            JobError: it differs; the keys are named.
+        """
+        changed = differing(self.job, job)
+        if changed and not force:
+            raise JobError(
+                f"{self.path}: began with another job: {'; '.join(changed)}. Go on with its own (--resume RUN alone), "
+                f"start a new run (no --resume), or add --force to go on with the changed job"
+            )
+        if changed:
+            self.job = job.model_copy(update={"storage": self.job.storage})
+            self._write_job()
+            self.note(changed_jobs=[*read_json(self.path / "provenance.json").get("changed_jobs", []), changed])
+
+    def _write_job(self) -> None:
+        text = yaml.safe_dump(self.job.model_dump(mode="json"), sort_keys=False)
+        write_bytes(self.path / "job.yaml", text.encode())
 
     @contextmanager
     def locked(self) -> Iterator[None]:

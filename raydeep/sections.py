@@ -199,8 +199,8 @@ class Train(Section):
     weight_decay: NotNegative = 5e-4
     schedule: Literal["cosine", "one_cycle", "step"] = Field(
         "cosine",
-        description="Learning rate after warm-up: cosine to zero (arXiv 1608.03983), one_cycle (1708.07120; the warm-up "
-        "is its rise), or step (× step_factor at each of step_at)",
+        description="Learning rate after warm-up: cosine to zero (arXiv 1608.03983), one_cycle (1708.07120; the "
+        "warm-up is its rise), or step (× step_factor at each of step_at)",
     )
     step_at: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(max_length=16)] = Field(
         (0.5, 0.75), description="schedule step: shares of the training after which the rate falls"

@@ -22,6 +22,7 @@ from raydeep.data.resident import Dataset, Pixels
 from raydeep.errors import TrainError
 from raydeep.model import zoo
 from raydeep.train import checkpoint, losses, parallel
+from raydeep.train.control import Control, Wish
 from raydeep.train.loop import fit
 from raydeep.train.metrics import Score, confusion, evaluate
 from raydeep.train.optim import lr_factor, make_optimizer
@@ -241,53 +242,79 @@ def test_a_learning_rate_that_explodes_is_noticed(pixels):
 # checkpoints
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_checkpoint_holds_the_model_and_the_whole_optimizer(tmp_path, pixels, optimizer):
-    cfg = CFG.model_copy(update={"optimizer": optimizer})
-    kept: dict[str, Any] = {}
+class Keeper(checkpoint.Saver):
+    """Writes each checkpoint at once, to a folder of its own."""
 
-    def save(moment: checkpoint.Moment, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        checkpoint.save(tmp_path, moment, model, optimizer)
-        kept.update(model=state(model), optimizer=optimizer.state_dict())
+    moments: list[checkpoint.Moment]
 
-    fit(network(), CROSS_ENTROPY, batches(pixels), cfg, epochs=1, save=save)
-    found = checkpoint.latest(tmp_path)
-    assert found is not None
-    assert found.epoch == 1
-    assert furthest(found.model, kept["model"]) == 0
-    wanted = kept["optimizer"]["state"]
-    assert found.optimizer["state"].keys() == wanted.keys()
-    assert wanted[0].keys() & {"momentum_buffer", "exp_avg_sq"}
-    for index, entry in wanted.items():
-        assert furthest(found.optimizer["state"][index], entry) == 0
+    def save(self, moment: checkpoint.Moment, state: checkpoint.State) -> None:
+        self.moments = [*getattr(self, "moments", []), moment]
+        whole = self.folder
+        self.folder = whole / str(moment.global_step)
+        super().save(moment, state)
+        self.wait()
+        self.folder = whole
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_resumed_training_ends_bit_identical(tmp_path, pixels, optimizer):
+def save_now(folder: Path, moment: checkpoint.Moment, model: nn.Module, **parts: Any) -> checkpoint.Saver:
+    saver = checkpoint.Saver(folder, **parts)
+    saver.save(moment, checkpoint.State(model, make_optimizer(model, CFG, 0.1)))
+    saver.wait()
+    return saver
+
+
+KINDS = [
+    {"optimizer": "sgd"}, {"optimizer": "adamw"}, {"optimizer": "muon"}, {"optimizer": "sgd", "ema": 0.9},
+    {"optimizer": "sgd", "schedule": "one_cycle"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_resumed_training_ends_bit_identical(tmp_path, pixels, kind):
     """At every checkpoint: the ends of the epochs of five steps, and each third step."""
-    keys = {"optimizer": optimizer, "epochs": 3, "lr": 0.01, "clip_norm": 1.0, "checkpoint_steps": 3}
-    cfg = CFG.model_copy(update=keys)
-    moments: list[checkpoint.Moment] = []
-
-    def save(moment: checkpoint.Moment, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        moments.append(moment)
-        checkpoint.save(tmp_path / str(moment.global_step), moment, model, optimizer)
+    keys = {"epochs": 3, "lr": 0.01, "clip_norm": 1.0, "checkpoint_steps": 3}
+    cfg = CFG.model_copy(update=keys | kind)
 
     def moving() -> Batches:
         return batches(pixels, Augment(rotation=10, crop=0.1))
 
-    whole = noisy_network()
-    undisturbed = fit(whole, CROSS_ENTROPY, moving(), cfg, save=save)
-    assert [moment.global_step for moment in moments] == [3, 5, 6, 9, 10, 12, 15]
-    for moment in moments:
+    def score(strategy: parallel.Strategy) -> Score:
+        return evaluate(strategy, eval_batches(pixels, [0.3], [0.4], 64), len(pixels.labels))
+
+    whole, keeper = noisy_network(), Keeper(tmp_path)
+    undisturbed = fit(whole, CROSS_ENTROPY, moving(), cfg, saver=keeper, evaluate=score)
+    assert keeper.error is None
+    assert [moment.global_step for moment in keeper.moments] == [3, 5, 6, 9, 10, 12, 15]
+    final = checkpoint.latest(tmp_path / "15")
+    assert final is not None
+    assert (furthest(final.weights(), state(whole)) == 0) == ("ema" not in kind)
+    for moment in keeper.moments[:-1]:
         resumed = noisy_network()
         nn.init.zeros_(resumed[1].weight)  # nothing may depend on what it starts with
         found = checkpoint.latest(tmp_path / str(moment.global_step))
-        history = fit(resumed, CROSS_ENTROPY, moving(), cfg, resume=found)
+        again = Keeper(tmp_path / "again" / str(moment.global_step))
+        history = fit(resumed, CROSS_ENTROPY, moving(), cfg, resume=found, saver=again, evaluate=score)
         assert [row["epoch"] for row in history] == list(range(moment.epoch + 1, 4))
         assert furthest(state(resumed), state(whole)) == 0
+        same = checkpoint.latest(tmp_path / "again" / str(moment.global_step) / "15")
+        assert same is not None
+        assert furthest(same.weights(), final.weights()) == 0
         for row, other in zip(history, undisturbed[moment.epoch :], strict=True):
             assert (row["train_loss"], row["order_hash"]) == (other["train_loss"], other["order_hash"])
+            assert row["val_loss"] == other["val_loss"]
+
+
+def test_a_checkpoint_is_a_copy_that_later_steps_do_not_change(tmp_path):
+    """It is written in a thread while training goes on."""
+    model = network()
+    nn.init.constant_(model[0].bias, 1)
+    saver = checkpoint.Saver(tmp_path)
+    saver.save(checkpoint.Moment(1, 0, 0.0, 5, 5), checkpoint.State(model, make_optimizer(model, CFG, 0.1)))
+    nn.init.constant_(model[0].bias, 2)
+    saver.wait()
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert (found.weights()["0.bias"] == 1).all()
 
 
 @pytest.fixture
@@ -296,9 +323,7 @@ def saved(tmp_path: Path) -> Path:
     model = network()
     for epoch in range(1, 5):
         nn.init.constant_(model[0].bias, epoch)
-        checkpoint.save(
-            tmp_path, checkpoint.Moment(epoch, 0, 0.0, 5 * epoch, 5), model, make_optimizer(model, CFG, 0.1)
-        )
+        save_now(tmp_path, checkpoint.Moment(epoch, 0, 0.0, 5 * epoch, 5), model)
     return tmp_path
 
 
@@ -306,8 +331,14 @@ def test_the_last_two_checkpoints_are_kept_and_nothing_else(saved):
     assert sorted(path.name for path in saved.iterdir()) == ["step-000000015", "step-000000020"]
     found = checkpoint.latest(saved)
     assert found is not None
-    assert found.epoch == 4
-    assert (found.model["0.bias"] == 4).all()
+    assert found.moment.epoch == 4
+    assert (found.weights()["0.bias"] == 4).all()
+
+
+def test_the_best_checkpoint_is_kept_too(tmp_path):
+    for step, score in enumerate([0.5, 0.9, 0.7, None, 0.8], 1):
+        save_now(tmp_path, checkpoint.Moment(step, 0, 0.0, step, 5, score), network(), keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000002", "step-000000005"]
 
 
 def flip(path: Path) -> None:
@@ -321,41 +352,45 @@ def cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "harm"),
+    ("name", "harm", "word"),
     [
-        ("tensors.safetensors", flip),
-        ("tensors.safetensors", cut),
-        ("tensors.safetensors", Path.unlink),
-        ("state.json", cut),
-        ("state.json", Path.unlink),
+        ("tensors.safetensors", flip, "checksum"),
+        ("tensors.safetensors", cut, "checksum"),
+        ("tensors.safetensors", Path.unlink, "files []"),
+        ("state.json", cut, "not valid JSON"),
+        ("state.json", Path.unlink, "no such file"),
     ],
 )
-def test_a_harmed_checkpoint_is_passed_over(saved, name, harm):
+def test_a_harmed_checkpoint_is_passed_over_with_a_word(saved, name, harm, word):
     harm(saved / "step-000000020" / name)
-    found = checkpoint.latest(saved)
+    said: list[str] = []
+    found = checkpoint.latest(saved, said.append)
     assert found is not None
-    assert found.epoch == 3
-    assert (found.model["0.bias"] == 3).all()
+    assert found.moment.epoch == 3
+    assert (found.weights()["0.bias"] == 3).all()
+    assert len(said) == 1
+    assert said[0].startswith("step-000000020 is torn or changed")
+    assert word in said[0]
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"epoch": "x"}', "null"])
+@pytest.mark.parametrize("text", ["[]", "{}", '{"format": 2, "moment": {"epoch": "x"}}', "null", '{"format": 1}'])
 def test_a_state_that_is_none_is_passed_over(saved, text):
     (saved / "step-000000020" / "state.json").write_text(text)
     found = checkpoint.latest(saved)
     assert found is not None
-    assert found.epoch == 3
+    assert found.moment.epoch == 3
 
 
 def test_what_comes_after_a_torn_checkpoint_is_kept(saved):
     """Training goes on from epoch 3; its next checkpoints sort below the torn one and must not be dropped for it."""
     flip(saved / "step-000000020" / "tensors.safetensors")
-    (saved / ".step-000000025.1.abc.part").mkdir()
+    (saved / ".step-000000025.part").mkdir()
     checkpoint.clean(saved)
-    checkpoint.save(saved, checkpoint.Moment(3, 2, 0.0, 17, 5), network(), make_optimizer(network(), CFG, 0.1))
+    save_now(saved, checkpoint.Moment(3, 2, 0.0, 17, 5), network())
     assert sorted(path.name for path in saved.iterdir()) == ["step-000000015", "step-000000017"]
     found = checkpoint.latest(saved)
     assert found is not None
-    assert (found.epoch, found.step) == (3, 2)
+    assert (found.moment.epoch, found.moment.step) == (3, 2)
 
 
 def test_a_checkpoint_of_another_number_of_steps_is_refused(saved, pixels):
@@ -363,9 +398,44 @@ def test_a_checkpoint_of_another_number_of_steps_is_refused(saved, pixels):
         fit(network(), CROSS_ENTROPY, batches(pixels, batch_size=32), CFG, resume=checkpoint.latest(saved))
 
 
+def test_a_checkpoint_of_another_network_is_refused(saved, pixels):
+    with pytest.raises(TrainError, match=r"of another network or training, it has no model\.1\."):
+        fit(noisy_network(), CROSS_ENTROPY, batches(pixels), CFG, resume=checkpoint.latest(saved))
+
+
 def test_no_checkpoint_is_none(tmp_path):
     assert checkpoint.latest(tmp_path) is None
     assert checkpoint.latest(tmp_path / "no") is None
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_training_and_spares_the_last(saved, pixels, monkeypatch):
+    def full(*_: Any) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
+    with pytest.raises(TrainError, match=r"no space left on the device; the last one, of step 20, is whole. Free"):
+        fit(network(), CROSS_ENTROPY, batches(pixels), CFG, saver=checkpoint.Saver(saved))
+    assert sorted(path.name for path in saved.iterdir()) == ["step-000000015", "step-000000020"]
+
+
+@pytest.mark.parametrize("wish", [Wish(save=True), Wish(leave=True)])
+def test_a_checkpoint_on_demand_comes_at_the_next_step(tmp_path, pixels, wish):
+    asked = iter([Wish(), Wish(), wish])
+    control, keeper = Control(wishes=lambda: next(asked, Wish())), Keeper(tmp_path)
+    if wish.leave:
+        with pytest.raises(SystemExit):
+            fit(network(), CROSS_ENTROPY, batches(pixels), CFG, epochs=1, saver=keeper, control=control)
+        assert [moment.global_step for moment in keeper.moments] == [3]
+    else:
+        fit(network(), CROSS_ENTROPY, batches(pixels), CFG, epochs=1, saver=keeper, control=control)
+        assert [moment.global_step for moment in keeper.moments] == [3, 5]
+
+
+def test_checkpoints_come_by_the_clock(tmp_path, pixels):
+    keeper = Keeper(tmp_path)
+    cfg = CFG.model_copy(update={"checkpoint_seconds": 1e-9})
+    fit(network(), CROSS_ENTROPY, batches(pixels), cfg, epochs=1, saver=keeper)
+    assert [moment.global_step for moment in keeper.moments] == [1, 2, 3, 4, 5]
 
 
 # evaluation
@@ -432,9 +502,9 @@ def test_a_confusion_matrix_has_true_classes_as_rows():
 
 
 def train_five_steps(model: nn.Module, pixels: Pixels, rank: int = 0, world: int = 1) -> list[dict[str, Any]]:
-    def score(model: nn.Module) -> Score:
+    def score(strategy: parallel.Strategy) -> Score:
         part = eval_batches(pixels, [0.3], [0.4], 50, rank, world)
-        return evaluate(parallel.inner(model), part, len(pixels.labels))
+        return evaluate(strategy, part, len(pixels.labels))
 
     source = batches(pixels, Augment(rotation=10), rank=rank, world=world, accumulate=world)
     return fit(model, CROSS_ENTROPY, source, CFG, epochs=1, evaluate=score)

@@ -81,7 +81,7 @@ def compress(
         )  # fmt: skip
         history = fit(
             model, loss, batches, job.train, epochs=job.recover.epochs, lr=job.recover.lr, seed=seed,
-            on_step=tighten, on_epoch=(lambda m, _model, _optimizer: on_epoch(m)) if on_epoch else None,
+            on_step=tighten, on_epoch=on_epoch,
         )  # fmt: skip
     quantize.reestimate_batchnorm(model, calibration)
     spec, tensors = artifact.freeze(model.eval().cpu(), dense.spec)

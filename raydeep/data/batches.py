@@ -100,13 +100,17 @@ class Batches:
             self.position = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
             yield self._micros(pictures, mine[step], epoch, step)
 
+    def rows(self, epoch: int, step: int) -> np.ndarray:
+        """This worker's rows of a global batch: int64, of the split."""
+        batch = order.global_batch(self.sequence(epoch), step, self.batch_size)
+        return order.share(batch, self.rank, self.world, self.multiple)
+
     def _mine(self, epoch: int) -> list[np.ndarray]:
         """This worker's rows of each global batch; where it has none, the first of the batch, which do not count."""
-        sequence = self.sequence(epoch)
         out = []
         for step in range(self.steps_per_epoch):
-            batch = order.global_batch(sequence, step, self.batch_size)
-            rows = order.share(batch, self.rank, self.world, self.multiple)
+            rows = self.rows(epoch, step)
+            batch = order.global_batch(self.sequence(epoch), step, self.batch_size)
             out.append(rows if len(rows) else batch[:FILLERS])
         return out
 
@@ -167,9 +171,16 @@ def eval_batches(
     world: int = 1,
     device: torch.device | str = "cpu",
 ) -> Iterator[Micro]:
-    """This worker's part of a split in order, not augmented: every row once over all workers."""
-    start, stop = order.eval_range(len(split.labels), rank, world)
+    """This worker's part of a split in order, not augmented: every row once over all workers.
+
+    Every worker gets as many batches as the others: one that has fewer rows gets some that do not count.
+    """
+    ranges = [order.eval_range(len(split.labels), r, world) for r in range(world)]
+    start, stop = ranges[rank]
     batches = [rows + start for rows in in_order(stop - start, batch_size)]
-    for rows, images in zip(batches, split.read([batches]), strict=True):
+    rounds = max(-(-(b - a) // batch_size) for a, b in ranges)
+    fillers = [np.zeros(1, np.int64)] * (rounds - len(batches))
+    reads = [*batches, *fillers]
+    for i, (rows, images) in enumerate(zip(reads, split.read([reads]), strict=True)):
         x = to_input(torch.from_numpy(images).to(device), mean, std)
-        yield Micro(x, torch.from_numpy(split.labels[rows]).to(device), len(rows))
+        yield Micro(x, torch.from_numpy(split.labels[rows]).to(device), len(rows) if i < len(batches) else 0)

@@ -126,3 +126,17 @@ def streamed(manifest: Manifest, cfg: Data, split: str, engine: Engine = threads
     return Streamed(
         [str(file) for file in files], groups, labels[keep], form, window_bytes=cfg.window_bytes, engine=engine
     )  # fmt: skip
+
+
+def origins(manifest: Manifest, cfg: Data, split: str, rows: list[int]) -> list[str]:
+    """Where rows of a split come from: the names that the source gave them."""
+    found = []
+    groups = streamed(manifest, cfg, split).groups
+    ends = np.cumsum([len(within) for _, _, within in groups])
+    for row in rows:
+        which = int(np.searchsorted(ends, row, side="right"))
+        file, group, within = groups[which]
+        place = within[row - (ends[which] - len(within))]
+        names = pq.ParquetFile(manifest.files(split)[file]).read_row_group(group, columns=["origin"]).column(0)
+        found.append(names[int(place)].as_py())
+    return found

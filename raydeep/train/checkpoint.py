@@ -1,112 +1,300 @@
-"""Checkpoints: tensors in safetensors, state in JSON, no pickle. A folder appears whole or not at all."""
+"""Checkpoints: tensors in safetensors, state in JSON, no pickle. A folder appears whole or not at all.
+
+One worker writes them, or, where the model is partitioned, all do (torch.distributed.checkpoint over its safetensors
+writer). Both are read alike, whole or by any other number of workers.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
-import secrets
 import shutil
+import threading
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save as save_tensors
 from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 
-from raydeep.errors import RaydeepError
+from raydeep.errors import RaydeepError, TrainError
 from raydeep.run import read_json, sha256_file, write_bytes, write_json
+from raydeep.train.average import Average
 
-KEEP = 2
-
-
-class Checkpoint(NamedTuple):
-    """What a checkpoint holds."""
-
-    epoch: int  # epochs finished
-    step: int  # steps of the next one that are done
-    loss_sum: float  # of those steps, over all workers
-    steps_per_epoch: int
-    model: dict[str, torch.Tensor]
-    optimizer: dict[str, Any]
+FORMAT = 2
+PATTERN = "step-*"
 
 
 class Moment(NamedTuple):
     """Where in a training a checkpoint is taken."""
 
-    epoch: int
-    step: int
-    loss_sum: float
+    epoch: int  # epochs finished
+    step: int  # steps of the next one that are done
+    loss_sum: float  # of those steps, over all workers
     global_step: int
     steps_per_epoch: int
+    score: float | None = None  # validation accuracy, at the end of an epoch
 
 
-def save(folder: Path, moment: Moment, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
-    """Write `folder/step-NNNNNNNNN` (of all steps), then drop all but the newest KEEP up to it."""
-    own = optimizer.state_dict()
-    tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    plain: dict[str, dict[str, Any]] = {}
-    for index, entry in own["state"].items():
-        for key, value in entry.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"optim.{index}.{key}"] = value.detach().cpu().contiguous()
-            else:
-                plain.setdefault(str(index), {})[key] = value
-    final = folder / f"step-{moment.global_step:09d}"
-    aside = folder / f".{final.name}.{os.getpid()}.{secrets.token_hex(3)}.part"
-    aside.mkdir(parents=True)
-    try:
-        write_bytes(aside / "tensors.safetensors", save_tensors(tensors))
-        groups = [{k: v for k, v in g.items() if _plain(v)} for g in own["param_groups"]]
-        digest = sha256_file(aside / "tensors.safetensors")
-        state = {**moment._asdict(), "groups": groups, "plain": plain, "sha256": digest}
-        write_json(aside / "state.json", state)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(aside, final)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    kept = [path for path in _all(folder) if path.name <= final.name][-KEEP:]
-    for old in _all(folder):
-        if old not in kept:  # a later one was passed over as torn, and training goes on from before it
-            shutil.rmtree(old, ignore_errors=True)
-    return final
+class State(NamedTuple):
+    """What of a training changes: this worker's part of it."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: Average | None = None
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint on disk, found whole; its tensors are read when asked for."""
+
+    path: Path
+    moment: Moment
+    state: dict[str, Any]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The state dict of the whole model, on the CPU; averaged weights where there are any."""
+        kinds = _kinds(self.path)
+        wanted = {
+            key: torch.zeros(kind.size, dtype=kind.properties.dtype)
+            for key, kind in kinds.items()
+            if not key.startswith("optim.")
+        }
+        _read(self.path, wanted)
+        out = {k.removeprefix("model."): v for k, v in wanted.items() if k.startswith("model.")}
+        return out | {k.removeprefix("ema."): v for k, v in wanted.items() if k.startswith("ema.")}
+
+
+def _kinds(path: Path) -> dict[str, Any]:
+    return dict(HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata)
+
+
+def _read(path: Path, into: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")  # each worker reads for itself
+        dcp.load(into, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+
+
+def _copy(value: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU that later steps do not change."""
+    if isinstance(value, DTensor):
+        local = value.to_local().detach().to("cpu", copy=True).contiguous()
+        mesh = value.device_mesh
+        if mesh.device_type != "cpu":
+            mesh = dist.device_mesh.DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+        return DTensor.from_local(
+            local, mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+        )
+    return value.detach().to("cpu", copy=True).contiguous()
+
+
+def _groups(state: State) -> list[tuple[dict[str, Any], list[tuple[str, nn.Parameter]]]]:
+    names = {parameter: name for name, parameter in state.module.named_parameters()}
+    return [(g, [(names[p], p) for p in g["params"]]) for g in state.optimizer.param_groups]
+
+
+def snapshot(state: State) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Copies of all tensors by name (`model.…`, `optim.PARAMETER.KEY`, `ema.…`), and the rest as plain values."""
+    tensors = {f"model.{k}": _copy(v) for k, v in state.module.state_dict().items()}
+    values: dict[str, dict[str, Any]] = {}
+    groups = []
+    for group, members in _groups(state):
+        groups.append({k: v for k, v in group.items() if _plain(v)} | {"names": [name for name, _ in members]})
+        for name, parameter in members:
+            for key, value in state.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optim.{name}.{key}"] = _copy(value)
+                else:
+                    values.setdefault(name, {})[key] = value
+    plain: dict[str, Any] = {"groups": groups, "optim": values}
+    if state.average is not None:
+        tensors |= {f"ema.{k}": _copy(v) for k, v in state.average.state().items()}
+        plain["ema_updates"] = state.average.updates
+    return tensors, plain
 
 
 def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, list))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def restore(checkpoint: Checkpoint, state: State) -> None:
+    """Bring this worker's part to where it was, from a checkpoint of any number of workers and any strategy."""
+    path, plain = checkpoint.path, checkpoint.state
+    kinds = _kinds(path)
+    own: dict[str, torch.Tensor] = {f"model.{k}": v for k, v in state.module.state_dict().items()}
+    entries: dict[nn.Parameter, dict[str, Any]] = {}
+    saved: dict[str, list[str]] = {}
+    for key in kinds:
+        if key.startswith("optim."):
+            name, _, leaf = key.removeprefix("optim.").rpartition(".")
+            saved.setdefault(name, []).append(leaf)
+    for _, members in _groups(state):
+        for name, parameter in members:
+            entry: dict[str, Any] = dict(plain["optim"].get(name, {}))
+            for leaf in saved.get(name, []):
+                kind = kinds[f"optim.{name}.{leaf}"]
+                like = kind.size == parameter.shape
+                dtype = kind.properties.dtype
+                entry[leaf] = (
+                    torch.zeros_like(parameter, dtype=dtype) if like else torch.zeros(kind.size, dtype=dtype)
+                ).detach()
+                own[f"optim.{name}.{leaf}"] = entry[leaf]
+            if entry:
+                entries[parameter] = entry
+    if state.average is not None and "ema_updates" in plain:
+        own |= {f"ema.{k}": v for k, v in state.average.state().items()}
+    missing = sorted(set(own) - set(kinds))
+    if missing:
+        raise TrainError(
+            f"{path}: a checkpoint of another network or training, it has no {missing[0]}; start a new run"
+        )
+    _read(path, own)
+    state.module.load_state_dict({k.removeprefix("model."): v for k, v in own.items() if k.startswith("model.")})
+    for parameter, entry in entries.items():
+        state.optimizer.state[parameter] = entry
+    for group, before in zip(state.optimizer.param_groups, plain["groups"], strict=False):
+        group.update({k: v for k, v in before.items() if k not in ("names", "params", "fused", "foreach")})
+    if state.average is not None and "ema_updates" in plain:
+        found = {k.removeprefix("ema."): v for k, v in own.items() if k.startswith("ema.")}
+        state.average.load(found, plain["ema_updates"])
+
+
+class Saver:
+    """Writes checkpoints of one training beside it, one at a time; every worker has one and calls it alike."""
+
+    def __init__(self, folder: Path, *, sharded: bool = False, keep: int = 2) -> None:
+        """Write to `folder/step-NNNNNNNNN`.
+
+        Args:
+            folder: shared by all workers.
+            sharded: each worker writes its own part.
+            keep: the newest so many stay, and the best.
+        """
+        self.folder, self.sharded, self.keep = folder, sharded, keep
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        several = sharded and dist.is_initialized() and dist.get_world_size() > 1
+        self.group = dist.new_group(backend="gloo") if several else None
+        self.thread: threading.Thread | None = None
+        self.error: str | None = None
+        self.started = 0  # checkpoints begun
+
+    def save(self, moment: Moment, state: State) -> None:
+        """Copy the state now, write it in a thread; first waits for the one before."""
+        self.wait()
+        self.started += 1
+        if self.error or (self.rank and not self.sharded):
+            return
+        tensors, plain = snapshot(state)
+        self.thread = threading.Thread(target=self._write, args=(moment, tensors, plain), name="checkpoint")
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def _write(self, moment: Moment, tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
+        final = self.folder / f"step-{moment.global_step:09d}"
+        aside = self.folder / f".{final.name}.part"
+        try:
+            if self.sharded:
+                writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+                dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+            else:
+                aside.mkdir(parents=True, exist_ok=True)
+                write_bytes(aside / "tensors.safetensors", save_tensors(tensors))
+            if self.rank == 0:
+                self._commit(final, aside, moment, plain)
+        except Exception as err:
+            shutil.rmtree(aside, ignore_errors=True)
+            self.error = self._explain(err)
+
+    def _commit(self, final: Path, aside: Path, moment: Moment, plain: dict[str, Any]) -> None:
+        files = sorted(aside.glob("*.safetensors"))
+        if self.sharded:
+            for file in files:
+                with file.open("rb+") as handle:
+                    os.fsync(handle.fileno())
+        sums = {file.name: sha256_file(file) for file in files}
+        write_json(aside / "state.json", {"format": FORMAT, "moment": moment._asdict(), **plain, "sha256": sums})
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(aside, final)
+        self._drop_old(final)
+
+    def _drop_old(self, final: Path) -> None:
+        done = [path for path in _all(self.folder) if path.name <= final.name]
+        kept = set(done[-self.keep :])
+        scores = {path: score for path in done if (score := _score(path)) is not None}
+        if scores:
+            kept.add(max(scores, key=lambda path: (scores[path], path.name)))
+        for path in _all(self.folder):
+            if path not in kept:  # a later one was passed over as torn, and training goes on from before it
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _explain(self, err: Exception) -> str:
+        seen: BaseException | None = err
+        failures = getattr(err, "failures", None)  # of dcp: rank → (exception, traceback)
+        if failures:
+            seen = next(iter(failures.values()))[0]
+        full = getattr(seen, "errno", None) == errno.ENOSPC or "No space left" in str(seen)
+        what = "no space left on the device" if full else f"{type(seen).__name__}: {seen}"
+        there = latest(self.folder)
+        left = f"the last one, of step {there.moment.global_step}, is whole" if there else "there is none before it"
+        return (
+            f"{self.folder}: the checkpoint can't be written: {what}; {left}. "
+            f"{'Free space' if full else 'Mend that'}, then go on with --resume {self.folder.parent}"
+        )
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"))
+    return sorted(folder.glob(PATTERN))
 
 
-def latest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; one that is torn or changed is passed over."""
+def _score(path: Path) -> float | None:
+    try:
+        return read_json(path / "state.json")["moment"]["score"]
+    except (RaydeepError, OSError, KeyError, TypeError):
+        return None
+
+
+def latest(folder: Path, say: Callable[[str], None] | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint; `say` is told of each that is torn or changed and so passed over."""
     for path in reversed(_all(folder)):
         try:
-            state = read_json(path / "state.json")
-            file = path / "tensors.safetensors"
-            if sha256_file(file) != state["sha256"]:
-                continue
-            return _checkpoint(state, load_tensors(file.read_bytes()))
-        except (OSError, RaydeepError, SafetensorError, KeyError, TypeError, ValueError, AttributeError):
-            continue
+            return load(path, check=True)
+        except (OSError, RaydeepError, KeyError, TypeError, ValueError, AttributeError) as err:
+            if say is not None:
+                say(f"{path.name} is torn or changed ({_reason(err)}): passed over for the one before")
     return None
 
 
-def _checkpoint(state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Checkpoint:
-    optim_state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in state["plain"].items()}
-    for key, value in tensors.items():
-        if key.startswith("optim."):
-            _, index, name = key.split(".", 2)
-            optim_state.setdefault(int(index), {})[name] = value
-    model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    optimizer = {"state": optim_state, "param_groups": state["groups"]}
-    epoch, step, per_epoch = (int(state[key]) for key in ("epoch", "step", "steps_per_epoch"))
-    return Checkpoint(epoch, step, float(state["loss_sum"]), per_epoch, model, optimizer)
+def _reason(err: Exception) -> str:
+    return str(err) if isinstance(err, RaydeepError) else f"{type(err).__name__}: {err}"
+
+
+def load(path: Path, check: bool = False) -> Checkpoint:
+    """A checkpoint by its folder; its files are hashed if `check`."""
+    state = read_json(path / "state.json")
+    if state.get("format") != FORMAT:
+        raise RaydeepError(f"format {state.get('format')}, this version reads {FORMAT}")
+    moment = Moment(**state["moment"])
+    if check:
+        there = {file.name for file in path.glob("*.safetensors")}
+        if there != set(state["sha256"]) or not there:
+            raise RaydeepError(f"files {sorted(there)}, expected {sorted(state['sha256'])}")
+        for name, digest in state["sha256"].items():
+            if sha256_file(path / name) != digest:
+                raise RaydeepError(f"{name} has another checksum")
+    return Checkpoint(path, moment, state)
 
 
 def clean(folder: Path) -> None:
     """Remove what a killed save left half-written."""
-    for path in folder.glob(".step-*.part"):
+    for path in folder.glob(f".{PATTERN}.part"):
         shutil.rmtree(path, ignore_errors=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from raydeep.config import Job
+from raydeep.config import Job, Scaling
 from raydeep.errors import RaydeepError, ResourceError, TrainError
-from raydeep.run import Run, append_line, read_json, read_lines, usable_cores, write_bytes, write_json
-from raydeep.train import sizing
+from raydeep.run import Run, read_json, read_lines, usable_cores
+from raydeep.train import control, sizing
 
 # Read when Ray is imported: Ray's own progress lines stay off the terminal, its train controller polls often
 # enough that a report costs 0.15 s and not 2 s.
@@ -56,7 +56,7 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
 
         gpus = torch.cuda.device_count() if scaling.use_gpu else 0
         plan = sizing.plan(
-            usable_cores(), scaling.workers, scaling.cpus_per_worker, search.concurrent, gpus=gpus,
+            usable_cores(), scaling.min_workers, scaling.cpus_per_worker, search.concurrent, gpus=gpus,
             use_gpu=scaling.use_gpu,
         )  # fmt: skip
     import ray
@@ -68,7 +68,7 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
             _join(address)
             there = ray.cluster_resources()
             plan = sizing.plan(
-                int(there.get("CPU", 0)), scaling.workers, scaling.cpus_per_worker, search.concurrent,
+                int(there.get("CPU", 0)), scaling.min_workers, scaling.cpus_per_worker, search.concurrent,
                 gpus=int(there.get("GPU", 0)), use_gpu=scaling.use_gpu, where="the cluster",
             )  # fmt: skip
         else:
@@ -144,47 +144,79 @@ def train(job: Job, run: Run, data: Any, spec: dict[str, Any], on_line: OnLine |
 
     Args:
         job: the job.
-        run: its folder; `checkpoints/` and `metrics.jsonl` are written there.
+        run: its folder; `checkpoints/`, `metrics.jsonl`, `attempts.jsonl` and `workers/` are written there.
         data: raydeep.data.stream.Shared.
         spec: of the network.
-        on_line: called in a thread with each new line of metrics.jsonl.
+        on_line: called in a thread with each new line of metrics.jsonl and attempts.jsonl.
 
     Raises:
         RaydeepError: what a worker raised.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from raydeep.train import worker
 
     scaling = job.scaling
-    error = run.path / "checkpoints" / "error.json"
-    error.unlink(missing_ok=True)
-    resources = {"CPU": scaling.cpus_per_worker, **({"GPU": 1} if scaling.use_gpu else {})}
+    workers = run.path / "workers"
+    shutil.rmtree(workers, ignore_errors=True)
     trainer = TorchTrainer(
-        _worker,
+        worker.work,
         train_loop_config={"job": job.model_dump(mode="json"), "run": str(run.path), "data": data, "spec": spec},
         scaling_config=ScalingConfig(
-            num_workers=scaling.workers, use_gpu=scaling.use_gpu, resources_per_worker=resources
+            num_workers=_number(scaling),  # type: ignore[arg-type]
+            use_gpu=scaling.use_gpu,
+            resources_per_worker={"CPU": scaling.cpus_per_worker, **({"GPU": 1} if scaling.use_gpu else {})},
+            placement_strategy={None: "PACK", 1: "STRICT_SPREAD"}.get(scaling.workers_per_node, "SPREAD"),
+            elastic_resize_monitor_interval_s=scaling.resize_interval_s,  # type: ignore[call-arg]
         ),
-        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
+        torch_config=worker.Torch(backend="nccl" if scaling.use_gpu else "gloo"),
         run_config=RunConfig(
             name=f"ray-{time.time_ns():x}",
             storage_path=str(run.path / "ray"),
             failure_config=FailureConfig(max_failures=scaling.max_failures),
         ),
-    )
-    with follow(run.path / "metrics.jsonl", on_line):
+    )  # fmt: skip
+    with follow([run.path / "metrics.jsonl", run.path / "attempts.jsonl"], on_line), _term_like_int():
         try:
             trainer.fit()
         except SystemExit:  # Ray Train's own answer to Ctrl-C
             raise KeyboardInterrupt from None
         except Exception as err:
-            raise _cause(err) from err
-    if error.exists():
-        raise TrainError(read_json(error)["error"])
+            raise _cause(err, workers) from err
+    if (workers / "stalled.json").exists():
+        raise TrainError(control.say_stall(read_json(workers / "stalled.json")))
+    if (workers / "error.json").exists():
+        raise TrainError(read_json(workers / "error.json")["error"])
 
 
-def _cause(err: BaseException) -> BaseException:
-    """The RaydeepError that a worker raised, if that is what stopped the trainer."""
+def _number(scaling: Scaling) -> int | tuple[int, int]:
+    """Workers to ask for; on a Ray of this machine alone not more than it has cores."""
+    if not scaling.elastic:
+        return scaling.min_workers
+    most = scaling.max_workers
+    if not os.environ.get("RAY_ADDRESS"):
+        most = max(scaling.min_workers, min(most, int(usable_cores() / scaling.cpus_per_worker)))
+    return (scaling.min_workers, most)
+
+
+@contextmanager
+def _term_like_int() -> Iterator[None]:
+    """SIGTERM ends a training as Ctrl-C does: with a checkpoint (worker.py writes one before it is taken down)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])  # Ray Train leaves its own behind
+
+
+def _cause(err: BaseException, workers: Path) -> BaseException:
+    """What stopped the trainer: the RaydeepError of a worker, else the first error that a worker noted."""
     failures = getattr(err, "worker_failures", None) or {}
     for failure in [*failures.values(), err]:
         seen: BaseException | None = failure
@@ -192,85 +224,37 @@ def _cause(err: BaseException) -> BaseException:
             if isinstance(seen, RaydeepError):
                 return seen
             seen = getattr(seen, "cause", None) or seen.__cause__
+    noted = [read_json(path) for path in workers.glob("failed-*.json")]
+    if noted:  # the others' broken connections came later
+        first = min(noted, key=lambda note: note["time"])
+        where = f"rank {first['rank']}, step {first['step']} ({first['stage']})"
+        return TrainError(f"{where}: {first['error']}\n{first['traceback'].rstrip()}")
+    if failures:
+        ranks = ", ".join(map(str, sorted(failures)))
+        said = str(next(iter(failures.values()))).strip().splitlines()
+        return TrainError(
+            f"worker {ranks} died more often than scaling.max_failures allows: "
+            f"{said[0] if said else 'no reason given'}; go on from the last checkpoint with --resume"
+        )
     return err
 
 
-def _worker(config: dict[str, Any]) -> None:
-    """Runs on every worker of the trainer."""
-    import ray.train
-    import torch
-
-    from raydeep.data.augment import Augmenter
-    from raydeep.data.batches import Batches, eval_batches
-    from raydeep.model import artifact
-    from raydeep.train import checkpoint, losses, parallel
-    from raydeep.train.loop import fit
-    from raydeep.train.metrics import Score, evaluate
-
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    job, folder = Job.model_validate(config["job"]), Path(config["run"])
-    torch.set_num_threads(max(1, usable_cores() // context.get_local_world_size()))
-    device = torch.device(f"cuda:{torch.cuda.current_device()}" if job.scaling.use_gpu else "cpu")
-    data, cfg = config["data"].get(), job.train
-    try:
-        torch.manual_seed(job.seed)
-        model = artifact.build(config["spec"]).to(device)
-        batches = Batches(
-            data.train, Augmenter(job.augment, data.mean, data.std), cfg.batch_size, job.seed,
-            rank=rank, world=world, accumulate=cfg.accumulate, drop_last=cfg.drop_last, device=device,
-        )  # fmt: skip
-
-        def score(model: torch.nn.Module) -> Score:
-            part = eval_batches(data.val, data.mean, data.std, cfg.eval_batch_size, rank, world, device)
-            return evaluate(parallel.inner(model), part, len(data.val.labels), device, cfg.eval_flip)
-
-        def on_epoch(metrics: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-            if rank == 0:
-                append_line(folder / "metrics.jsonl", {"stage": "train", **metrics})
-
-        def save(moment: checkpoint.Moment, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-            if rank == 0:
-                checkpoint.save(folder / "checkpoints", moment, model, optimizer)
-
-        resume = checkpoint.latest(folder / "checkpoints")
-        if rank == 0:
-            checkpoint.clean(folder / "checkpoints")
-            _forget(folder / "metrics.jsonl", resume.epoch if resume else 0)
-        fit(
-            model, losses.cross_entropy(cfg.label_smoothing), batches, cfg, seed=job.seed, evaluate=score,
-            on_epoch=on_epoch, save=save, resume=resume,
-        )  # fmt: skip
-    except TrainError as err:  # raised by all workers alike: a result, not a failure to retry
-        if rank == 0:
-            write_json(folder / "checkpoints" / "error.json", {"error": str(err)})
-    ray.train.report({"done": 1})
-
-
-def _forget(path: Path, epochs: int) -> None:
-    """Drop the lines of epochs that a resumed training does again: they were told before they were saved."""
-    lines = read_lines(path)
-    kept = [line for line in lines if line.get("stage") != "train" or line["epoch"] <= epochs]
-    if len(kept) < len(lines):
-        write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-
-
 @contextmanager
-def follow(path: Path, on_line: OnLine | None) -> Iterator[None]:
-    """Call `on_line` with each line that is appended to a JSONL file while the block runs."""
+def follow(paths: list[Path], on_line: OnLine | None) -> Iterator[None]:
+    """Call `on_line` with each line that is appended to JSONL files while the block runs."""
     if on_line is None:
         yield
         return
-    seen = len(read_lines(path))
+    seen = {path: len(read_lines(path)) for path in paths}
     stop = threading.Event()
 
     def watch() -> None:
-        nonlocal seen
         while True:
             last = stop.wait(0.25)
-            for line in read_lines(path)[seen:]:
-                seen += 1
-                on_line(line)
+            for path in paths:
+                for line in read_lines(path)[seen[path] :]:
+                    seen[path] += 1
+                    on_line(line)
             if last:
                 return
 

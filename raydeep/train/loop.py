@@ -1,6 +1,7 @@
 """The training loop. Knows no Ray, no compression, no command line.
 
-Distillation is one more loss; quantization-aware training is a prepared model; a pruning schedule is `on_step`.
+Distillation is one more loss; quantization-aware training is a prepared model; a pruning schedule is `on_step`; how
+the model is spread over workers is a strategy (parallel.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import nn
 from raydeep.data.batches import Batches
 from raydeep.errors import TrainError
 from raydeep.train import checkpoint, parallel
+from raydeep.train.average import Average
+from raydeep.train.control import Control, Wish
 from raydeep.train.losses import Loss
 from raydeep.train.metrics import Score
 from raydeep.train.optim import lr_factor, make_optimizer
@@ -35,137 +38,221 @@ def fit(
     epochs: int | None = None,
     lr: float | None = None,
     seed: int = 0,
-    evaluate: Callable[[nn.Module], Score] | None = None,
-    on_epoch: Callable[[dict[str, Any], nn.Module, torch.optim.Optimizer], None] | None = None,
+    strategy: parallel.Strategy | None = None,
+    evaluate: Callable[[parallel.Strategy], Score] | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
-    save: Callable[[checkpoint.Moment, nn.Module, torch.optim.Optimizer], None] | None = None,
+    saver: checkpoint.Saver | None = None,
     resume: checkpoint.Checkpoint | None = None,
+    control: Control | None = None,
 ) -> list[dict[str, Any]]:
     """Train a model in place.
 
     The gradient of a step is that of the mean loss over the global batch, whatever the number of workers and
-    micro-batches.
+    micro-batches and however the model is spread over them.
 
     Args:
-        model: float NCHW → logits NK, on the device of `batches`.
+        model: float NCHW → logits NK, on the device of `batches`, the same on every worker. Under a strategy that
+            partitions it, it must not be used afterwards: the checkpoints hold it whole.
         loss: see losses.py.
         batches: this worker's training batches.
         cfg: the train section.
         epochs: instead of cfg.epochs.
         lr: peak learning rate instead of cfg.lr.
         seed: of the layers' own randomness (dropout).
-        evaluate: called after each epoch; every worker must take part.
-        on_epoch: called after each epoch with its metrics, the model and the optimizer.
+        strategy: None: data parallel over the process group, if there is one.
+        evaluate: called after each epoch, on the averaged weights if cfg.ema; every worker must take part.
+        on_epoch: called after each epoch with its metrics.
         on_step: called before each step with its number and the number of steps in all.
-        save: called on every worker at the end of each epoch, and each cfg.checkpoint_steps steps.
+        saver: writes a checkpoint at the end of each epoch, each cfg.checkpoint_steps steps, after
+            cfg.checkpoint_seconds without one, and when any worker's `control` asks for one.
         resume: continue after this checkpoint.
+        control: the votes of this worker; None: of its own.
 
     Returns:
         The metrics of each epoch.
 
     Raises:
-        TrainError: the loss is not finite, on every worker at the same step; or `resume` is of another training.
+        TrainError: the loss is not finite, or a checkpoint can't be written: on every worker at the same step; or
+            `resume` is of another training.
+        SystemExit: this worker was told to leave and has done so after a checkpoint.
     """
-    epochs, lr = cfg.epochs if epochs is None else epochs, cfg.lr if lr is None else lr
-    rank, world = parallel.rank_world()
-    device = batches.device
-    if resume is not None:
-        if resume.steps_per_epoch != batches.steps_per_epoch:
-            raise TrainError(
-                f"the checkpoint is of a training of {resume.steps_per_epoch} steps an epoch, this one has "
-                f"{batches.steps_per_epoch}: the data or train.batch_size changed since; start a new run"
-            )
-        model.load_state_dict(resume.model)
-    optimizer = make_optimizer(model, cfg, lr)
-    if resume is not None:
-        state = resume.optimizer
-        groups = [
-            {**own, **g, "params": own["params"]}
-            for g, own in zip(state["param_groups"], optimizer.state_dict()["param_groups"], strict=True)
-        ]
-        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-    wrapped = parallel.wrap(model, device)
-    total = epochs * batches.steps_per_epoch
-    warmup = min(int(cfg.warmup_epochs * batches.steps_per_epoch), total // 2)
+    run = _Fit(model, loss, batches, cfg, cfg.lr if lr is None else lr, seed, strategy, saver, control)
+    run.resume(resume)
+    epochs = cfg.epochs if epochs is None else epochs
     history: list[dict[str, Any]] = []
     with closing(batches):
-        for epoch in range(resume.epoch if resume else 0, epochs):
-            model.train()
-            start = time.perf_counter()
-            loss_sum = torch.zeros(1, dtype=torch.float64, device=device)
-            first = resume.step if resume and resume.epoch == epoch else 0
-            if first and resume and rank == 0:
-                loss_sum += resume.loss_sum
-            step = epoch * batches.steps_per_epoch + first
-            for micros in batches.epoch(epoch, first, epochs):
-                torch.manual_seed((seed * 1_000_003 + step) * 4099 + rank)  # a step, so that a resume draws alike
-                if on_step is not None:
-                    on_step(step, total)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * lr_factor(step, total, warmup)
-                with batches.meter("step"):
-                    for i, micro in enumerate(micros):
-                        with parallel.no_sync(wrapped, i + 1 < len(micros)):
-                            with _precision(cfg, device):
-                                rows = loss(wrapped(micro.images), micro)
-                            total_loss = rows[: micro.valid].sum() / batches.step_rows(step)
-                            (total_loss * world).backward()  # DDP averages over the workers
-                            loss_sum += total_loss.detach()
-                    _check_finite(model, cfg, lr, epoch, step, device)
-                    if cfg.clip_norm is not None:
-                        nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                step += 1
-                inside = step - epoch * batches.steps_per_epoch
-                due = cfg.checkpoint_steps and step % cfg.checkpoint_steps == 0
-                if save is not None and due and inside < batches.steps_per_epoch:
-                    so_far = parallel.all_sum(loss_sum.clone()).item()
-                    save(checkpoint.Moment(epoch, inside, so_far, step, batches.steps_per_epoch), model, optimizer)
-            train_s = time.perf_counter() - start
-            mean_loss = parallel.all_sum(loss_sum).item() / batches.steps_per_epoch
-            done = sum(batches.step_rows(s) for s in range(first, batches.steps_per_epoch))
-            metrics: dict[str, Any] = {
-                "epoch": epoch + 1,
-                "epochs": epochs,
-                "step": step,
-                "train_loss": mean_loss,
-                "lr": optimizer.param_groups[0]["lr"],
-                "seconds": train_s,
-                "images_per_s": done / train_s,
-                "order_hash": batches.order_hash(epoch),
-                "device": device.type,
-                "meter": batches.meter.take(),
-                "first_batch_s": None if history else batches.meter.first_batch_s,
-                "start_s": None if history else batches.meter.start_s,
-            }
+        for epoch in range(resume.moment.epoch if resume else 0, epochs):
+            first = resume.moment.step if resume and resume.moment.epoch == epoch else 0
+            loss_sum = resume.moment.loss_sum if resume and first else 0.0
+            metrics = run.epoch(epoch, epochs, first, loss_sum, on_step)
+            metrics["first_batch_s"] = None if history else batches.meter.first_batch_s
+            metrics["start_s"] = None if history else batches.meter.start_s
             if evaluate is not None:
-                parallel.sync_buffers(model)
-                score = evaluate(model)
-                metrics |= {"val_loss": score.loss, "val_accuracy": score.accuracy, "val_rows": score.rows}
+                metrics |= run.score(evaluate)
             history.append(metrics)
             if on_epoch is not None:
-                on_epoch(metrics, model, optimizer)
-            if save is not None:
-                save(checkpoint.Moment(epoch + 1, 0, 0.0, step, batches.steps_per_epoch), model, optimizer)
+                on_epoch(metrics)
+            run.save(checkpoint.Moment(
+                epoch + 1, 0, 0.0, metrics["step"], batches.steps_per_epoch, metrics.get("val_accuracy")
+            ))  # fmt: skip
+    run.finish()
     return history
 
 
-def _precision(cfg: Train, device: torch.device) -> Any:
-    wanted = cfg.precision
-    if wanted == "auto":
-        wanted = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return torch.autocast(device.type, torch.bfloat16) if wanted == "bfloat16" else nullcontext()
+class _Fit:
+    """The parts of a training that is under way."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        batches: Batches,
+        cfg: Train,
+        lr: float,
+        seed: int,
+        strategy: parallel.Strategy | None,
+        saver: checkpoint.Saver | None,
+        control: Control | None,
+    ) -> None:
+        self.loss, self.batches, self.cfg, self.lr, self.seed = loss, batches, cfg, lr, seed
+        self.device, self.saver = batches.device, saver
+        self.strategy = strategy or parallel.strategy(None, batches.device)
+        self.control = control or Control()
+        height, width, channels = batches.split.shape
+        if cfg.channels_last is True or (cfg.channels_last == "auto" and self.device.type == "cuda"):
+            model = model.to(memory_format=torch.channels_last)
+        module = self.strategy.prepare(model, cfg, (channels, height, width))
+        self.state = checkpoint.State(
+            module, make_optimizer(module, cfg, lr), Average(module, cfg.ema) if cfg.ema else None
+        )
+        self.saved_at = time.monotonic()
 
-def _check_finite(model: nn.Module, cfg: Train, lr: float, epoch: int, step: int, device: torch.device) -> None:
-    """Look at the gradient nearest the loss: already summed over the workers, so all of them decide alike."""
-    if device.type == "cuda" and step % GPU_CHECK_EVERY:
-        return
-    last = [p.grad for p in model.parameters() if p.grad is not None][-1]
-    if not bool(torch.isfinite(last).all()):
-        raise TrainError(
-            f"the loss is not finite at epoch {epoch + 1}, step {step + 1}: lower the learning rate (now {lr:g}: "
+    def resume(self, before: checkpoint.Checkpoint | None) -> None:
+        """Continue after a checkpoint."""
+        if before is None:
+            return
+        if before.moment.steps_per_epoch != self.batches.steps_per_epoch:
+            raise TrainError(
+                f"the checkpoint is of a training of {before.moment.steps_per_epoch} steps an epoch, this one has "
+                f"{self.batches.steps_per_epoch}: the data or train.batch_size changed since; start a new run"
+            )
+        checkpoint.restore(before, self.state)
+
+    def epoch(
+        self, epoch: int, epochs: int, first: int, loss_before: float, on_step: Callable[[int, int], None] | None
+    ) -> dict[str, Any]:
+        """Train through one epoch from step `first` on; returns its metrics."""
+        batches, cfg, per_epoch = self.batches, self.cfg, self.batches.steps_per_epoch
+        optimizer, rank = self.state.optimizer, parallel.rank_world()[0]
+        total = epochs * per_epoch
+        warmup = min(int(cfg.warmup_epochs * per_epoch), total // 2)
+        self.state.module.train()
+        start = time.perf_counter()
+        loss_sum = torch.zeros(1, dtype=torch.float64, device=self.device)
+        if rank == 0:
+            loss_sum += loss_before
+        step = epoch * per_epoch + first
+        self.control.at("waits for its first batch", step)
+        for micros in batches.epoch(epoch, first, epochs):
+            self.control.at("computes", step)
+            torch.manual_seed((self.seed * 1_000_003 + step) * 4099 + rank)  # a step, so that a resume draws alike
+            if on_step is not None:
+                on_step(step, total)
+            factor = lr_factor(step, total, warmup, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * factor * group.get("lr_scale", 1.0)
+            with batches.meter("step"):
+                rows = batches.step_rows(step)
+                part = self.strategy.backward(micros, self.loss, rows, self._precision)
+                loss_sum += part
+                self._check_finite(part, epoch, step)
+                if cfg.clip_norm is not None:
+                    self.strategy.clip(cfg.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                if self.state.average is not None:
+                    self.state.average.update()
+            step += 1
+            self._maybe_save(epoch, step, loss_sum)
+            self.control.at("waits for a batch", step)
+        train_s = time.perf_counter() - start
+        mean_loss = parallel.all_sum(loss_sum).item() / per_epoch
+        done = sum(batches.step_rows(s) for s in range(first, per_epoch))
+        return {
+            "epoch": epoch + 1,
+            "epochs": epochs,
+            "step": step,
+            "train_loss": mean_loss,
+            "lr": optimizer.param_groups[0]["lr"],
+            "seconds": train_s,
+            "images_per_s": done / train_s,
+            "order_hash": batches.order_hash(epoch),
+            "device": self.device.type,
+            "workers": parallel.rank_world()[1],
+            "meter": batches.meter.take(),
+        }
+
+    def score(self, evaluate: Callable[[parallel.Strategy], Score]) -> dict[str, Any]:
+        """Evaluate the model that would be kept."""
+        self.control.at("evaluates")
+        self.strategy.sync_buffers()
+        average = self.state.average
+        with average.applied() if average is not None else nullcontext():
+            score = evaluate(self.strategy)
+        return {"val_loss": score.loss, "val_accuracy": score.accuracy, "val_rows": score.rows}
+
+    def save(self, moment: checkpoint.Moment) -> None:
+        """Checkpoint, if there is where to."""
+        if self.saver is not None:
+            self.control.at("checkpoints")
+            self.saver.save(moment, self.state)
+            self.saved_at = time.monotonic()
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint; every worker hears if it failed."""
+        if self.saver is not None:
+            self.control.at("writes the last checkpoint")
+            self.saver.wait()
+            self._obey(self.control.votes.now(Wish(failed=self.saver.error is not None)))
+
+    def _maybe_save(self, epoch: int, step: int, loss_sum: torch.Tensor) -> None:
+        saver, cfg, per_epoch = self.saver, self.cfg, self.batches.steps_per_epoch
+        if saver is None:
+            return
+        wish = self.control.wishes()
+        late = cfg.checkpoint_seconds is not None and time.monotonic() - self.saved_at > cfg.checkpoint_seconds
+        wanted = self.control.votes.cast(Wish(wish.save or late, wish.leave, saver.error is not None))
+        self._obey(wanted._replace(leave=False))
+        inside = step - epoch * per_epoch
+        due = bool(cfg.checkpoint_steps) and step % (cfg.checkpoint_steps or 1) == 0
+        if (due or wanted.save or wanted.leave) and inside < per_epoch:
+            so_far = parallel.all_sum(loss_sum.clone()).item()
+            self.save(checkpoint.Moment(epoch, inside, so_far, step, per_epoch))
+        if wanted.leave:
+            saver.wait()
+            self._obey(self.control.votes.now(Wish(leave=wish.leave, failed=saver.error is not None)), wish.leave)
+
+    def _obey(self, wanted: Wish, mine: bool = False) -> None:
+        if wanted.failed:
+            errors = self.control.votes.gather(self.saver.error if self.saver else None)
+            raise TrainError(next(error for error in errors if error))
+        if wanted.leave and mine:
+            raise SystemExit("told to leave; a checkpoint is written")
+
+    def _precision(self) -> Any:
+        if parallel.uses_bfloat16(self.cfg, self.device):
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def _check_finite(self, part: torch.Tensor, epoch: int, step: int) -> None:
+        if (self.device.type == "cuda" and step % GPU_CHECK_EVERY) or self.strategy.finite():
+            return
+        cfg, inside = self.cfg, step - epoch * self.batches.steps_per_epoch
+        raise self.control.explain_not_finite(
+            not bool(torch.isfinite(part)),
+            self.batches.rows(epoch, inside).tolist(),
+            f"the loss is not finite at epoch {epoch + 1}, step {step + 1}: lower the learning rate (now {self.lr:g}: "
             f"train.lr, or recover.lr in recovery), set train.clip_norm (now {cfg.clip_norm}), raise "
-            f"train.warmup_epochs (now {cfg.warmup_epochs:g}), or set train.precision float32"
+            f"train.warmup_epochs (now {cfg.warmup_epochs:g}), or set train.precision float32",
         )

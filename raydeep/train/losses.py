@@ -17,7 +17,8 @@ def cross_entropy(label_smoothing: float = 0.0) -> Loss:
 
     def loss(logits: torch.Tensor, micro: Micro) -> torch.Tensor:
         def of(labels: torch.Tensor) -> torch.Tensor:
-            return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=label_smoothing)
+            full = logits if logits.dtype == torch.float64 else logits.float()
+            return F.cross_entropy(full, labels, reduction="none", label_smoothing=label_smoothing)
 
         if micro.weight is None or micro.other_labels is None:
             return of(micro.labels)

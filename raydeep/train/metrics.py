@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from raydeep.data.batches import Micro
-from raydeep.train import parallel
+from raydeep.train.parallel import Strategy, all_sum
 
 
 class Score(NamedTuple):
@@ -24,29 +24,41 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[Micro], rows: int, device: torch.device | str = "cpu", flip: bool = False
+    model: nn.Module | Strategy,
+    batches: Iterable[Micro],
+    rows: int,
+    device: torch.device | str = "cpu",
+    flip: bool = False,
+    on_batch: Callable[[], None] | None = None,
 ) -> Score:
     """Accuracy and loss over this worker's batches, summed over all workers.
 
     Args:
-        model: float NCHW → logits NK.
+        model: float NCHW → logits NK; or the strategy that holds it.
         batches: this worker's part of the split.
         rows: of the whole split; asserted.
         device: where the sums are kept.
         flip: average the logits of each picture and its mirror image (test-time augmentation).
+        on_batch: called after each batch.
     """
-    training = model.training
-    model.eval()
+    module = model.module if isinstance(model, Strategy) else model
+    predict = model.predict if isinstance(model, Strategy) else model
+    group = model.data_group if isinstance(model, Strategy) else None
+    training = module.training
+    module.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for micro in batches:
-        logits = model(micro.images).float()
+        logits = predict(micro.images).float()
         if flip:
-            logits = (logits + model(micro.images.flip(3)).float()) / 2
-        sums[0] += (logits.argmax(1) == micro.labels).sum()
-        sums[1] += F.cross_entropy(logits, micro.labels, reduction="sum")
-        sums[2] += len(micro.labels)
-    model.train(training)
-    correct, loss, seen = parallel.all_sum(sums).tolist()
+            logits = (logits + predict(micro.images.flip(3)).float()) / 2
+        logits, labels = logits[: micro.valid], micro.labels[: micro.valid]
+        sums[0] += (logits.argmax(1) == labels).sum()
+        sums[1] += F.cross_entropy(logits, labels, reduction="sum")
+        sums[2] += micro.valid
+        if on_batch is not None:
+            on_batch()
+    module.train(training)
+    correct, loss, seen = all_sum(sums, group).tolist()
     assert int(seen) == rows, f"evaluated {int(seen)} rows of {rows}"
     return Score(correct / rows, loss / rows, rows)
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from raydeep.data.batches import Micro
@@ -22,6 +21,14 @@ from raydeep.train.losses import Loss
 
 if TYPE_CHECKING:
     from raydeep.config import Scaling, Train
+
+
+def uses_bfloat16(cfg: Train, device: torch.device) -> bool:
+    """Whether the forward pass runs in bfloat16 where autocast allows it."""
+    if cfg.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return cfg.precision == "bfloat16"
+
 
 Precision = Callable[[], AbstractContextManager[Any]]  # autocast or nothing
 
@@ -94,7 +101,7 @@ class Strategy:
         Returns:
             This worker's share of the mean loss of the global batch, detached, float: the sum over all workers is it.
         """
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, micro in enumerate(micros):
             with self._last(i + 1 == len(micros)):
                 with precision():
@@ -132,6 +139,18 @@ class Strategy:
         return self.module(images)
 
 
+class _AllSum(torch.autograd.Function):
+    """Sum over all workers, of the values and, backwards, of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return all_sum(values.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return all_sum(gradient.clone())
+
+
 class _SyncBatchNorm(nn.BatchNorm2d):
     """BatchNorm over the batches of all workers, where torch's own (CUDA only) does not run; any input shape N C …"""
 
@@ -146,7 +165,7 @@ class _SyncBatchNorm(nn.BatchNorm2d):
         sums = torch.stack([input.sum(axes), (input * input).sum(axes)])
         count = torch.full((), input.numel() // input.shape[1], dtype=input.dtype, device=input.device)
         dist.all_reduce(count)
-        mean, square = functional.all_reduce(sums) / count
+        mean, square = _AllSum.apply(sums) / count
         var = square - mean * mean
         if self.track_running_stats and self.num_batches_tracked is not None:
             with torch.no_grad():

@@ -1,0 +1,251 @@
+"""What runs on each worker of Ray Train: the training loop, between the cluster's notices and the run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
+
+from raydeep.config import Job
+from raydeep.errors import TrainError
+from raydeep.run import append_line, read_json, read_lines, usable_cores, write_bytes, write_json
+from raydeep.train import checkpoint, losses, parallel
+from raydeep.train.control import Control, Votes, Watch, Wish
+from raydeep.train.metrics import Score, evaluate
+
+SAVE_FIRST_S = 20.0  # most that a shutdown waits for a checkpoint
+AGAIN_S = 5.0  # between checkpoints while a node is about to go
+RESERVE = 64 * 1024  # bytes kept to write the error of a full disk
+
+
+class _Notices:
+    """What comes to this process from outside its training thread."""
+
+    def __init__(self) -> None:
+        self.save, self.leave = threading.Event(), threading.Event()
+        self.saver: checkpoint.Saver | None = None  # of the training that is under way
+        self.draining_at = 0.0
+
+    def wishes(self) -> Wish:
+        """See Control.wishes."""
+        save = self.save.is_set()
+        self.save.clear()
+        if time.monotonic() - self.draining_at > AGAIN_S and _draining():
+            self.draining_at, save = time.monotonic(), True
+        return Wish(save, self.leave.is_set())
+
+
+NOTICES = _Notices()
+
+
+def _draining() -> bool:
+    """Whether Ray has said that a node of this training is about to go."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
+
+
+def _on_sigterm() -> None:
+    """Runs on the worker's main thread, where Python lets signals be handled."""
+    signal.signal(signal.SIGTERM, lambda *_: NOTICES.leave.set() if NOTICES.saver else os._exit(0))
+
+
+def _save_first() -> None:
+    """Before the workers are taken down, to resize them or to stop: a checkpoint, if they still train."""
+    saver = NOTICES.saver
+    if saver is None:
+        return
+    before, end = saver.started, time.monotonic() + SAVE_FIRST_S
+    NOTICES.save.set()
+    while NOTICES.saver is saver and saver.started == before and time.monotonic() < end:
+        time.sleep(0.02)
+    saver.wait()
+
+
+class _Backend(_TorchBackend):
+    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+        super().on_training_start(worker_group, backend_config)
+        worker_group.execute(_on_sigterm)
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(_save_first)
+        super().on_shutdown(worker_group, backend_config)
+
+
+@dataclass
+class Torch(TorchConfig):
+    """Ray's process group, with the signals and last checkpoints of this module."""
+
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        """See BackendConfig."""
+        return _Backend
+
+
+def work(config: dict[str, Any]) -> None:
+    """Train on this worker; a TrainError, which all workers raise alike, is left in `workers/error.json`."""
+    import ray.train
+
+    folder = Path(config["run"])
+    if (folder / "workers" / "stalled.json").exists():  # Ray has started the group anew after a stall ended it
+        return
+    job = Job.model_validate(config["job"])
+    context = ray.train.get_context()
+    torch.set_num_threads(max(1, usable_cores() // context.get_local_world_size()))
+    rank = context.get_world_rank()
+    watch = Watch(folder / "workers", job.scaling.stall_timeout_s, socket.gethostname())
+    try:
+        _train(job, folder, config, watch, context.get_local_world_size())
+    except TrainError as err:
+        if rank == 0:
+            _note(folder / "workers", "error.json", {"error": str(err)})
+    except BaseException as err:
+        told = {
+            "rank": rank, "time": time.time(), "step": watch.step, "stage": watch.stage,
+            "error": f"{type(err).__name__}: {err}", "traceback": traceback.format_exc(),
+        }  # fmt: skip
+        _note(folder / "workers", f"failed-{rank}.json", told)
+        raise
+    finally:
+        NOTICES.saver = None
+        watch.close()
+    ray.train.report({"done": 1})
+
+
+def _note(folder: Path, name: str, value: dict[str, Any]) -> None:
+    (folder / ".reserve").unlink(missing_ok=True)  # room for this on a full disk
+    write_json(folder / name, value)
+
+
+def _train(job: Job, folder: Path, config: dict[str, Any], watch: Watch, local: int) -> None:
+    from raydeep.data.augment import Augmenter
+    from raydeep.data.batches import Batches, eval_batches
+    from raydeep.model import artifact
+    from raydeep.train.loop import fit
+
+    rank = parallel.rank_world()[0]
+    device = torch.device(f"cuda:{torch.cuda.current_device()}" if job.scaling.use_gpu else "cpu")
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # shapes never change
+        torch.set_float32_matmul_precision("high")
+    data, cfg = config["data"].get(), job.train
+    strategy = parallel.strategy(job.scaling, device)
+    control = Control(watch=watch, wishes=NOTICES.wishes, origins=lambda rows: _origins(folder, job, rows))
+    probe(folder / "checkpoints", control.votes, watch.node)
+    _check_places(job, control.votes, watch.node, local)
+    resume = _resume(folder, control.votes, watch.node, watch.before)
+    saver = checkpoint.Saver(folder / "checkpoints", sharded=strategy.sharded, keep=cfg.keep_checkpoints)
+    torch.manual_seed(job.seed)
+    model = artifact.build(config["spec"]).to(device)
+    batches = Batches(
+        data.train, Augmenter(job.augment, data.mean, data.std), cfg.batch_size, job.seed, rank=strategy.data_rank,
+        world=strategy.data_world, accumulate=cfg.accumulate, drop_last=cfg.drop_last, device=device,
+    )  # fmt: skip
+
+    def score(strategy: parallel.Strategy) -> Score:
+        part = eval_batches(
+            data.val, data.mean, data.std, cfg.eval_batch_size, strategy.data_rank, strategy.data_world, device
+        )
+        alive = lambda: watch.at("evaluates", watch.step)  # noqa: E731
+        return evaluate(strategy, part, len(data.val.labels), device, cfg.eval_flip, alive)
+
+    def on_epoch(metrics: dict[str, Any]) -> None:
+        if rank == 0:
+            append_line(folder / "metrics.jsonl", {"stage": "train", **metrics})
+
+    NOTICES.saver = saver
+    fit(
+        model, losses.cross_entropy(cfg.label_smoothing), batches, cfg, seed=job.seed, strategy=strategy,
+        evaluate=score, on_epoch=on_epoch, saver=saver, resume=resume, control=control,
+    )  # fmt: skip
+
+
+def probe(folder: Path, votes: Votes, node: str) -> None:
+    """Every worker writes a file in `folder` and looks for the others'.
+
+    Raises:
+        TrainError: on every worker, naming the nodes that can't write, or whose files others don't see.
+    """
+    rank = parallel.rank_world()[0]
+    mine = folder / f".probe-{rank}-{secrets.token_hex(4)}"
+    error = ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        mine.write_bytes(os.urandom(4096))
+    except OSError as err:
+        error = f"{node or 'this node'} can't write there: {err.strerror}"
+    names = votes.gather((mine.name, node, error))
+    unseen = [other for name, other, failed in names if not failed and not (folder / name).exists()]
+    told = votes.gather((node, unseen))
+    votes.gather(None)  # nobody removes a file that another still looks for
+    mine.unlink(missing_ok=True)
+    errors = [failed for _, _, failed in names if failed]
+    if errors:
+        raise TrainError(f"storage {folder}: {errors[0]}; free space, or set storage=FOLDER that every node can write")
+    blind = sorted({f"{seer} does not see what {other} writes" for seer, others in told for other in others})
+    if blind:
+        raise TrainError(
+            f"storage {folder} is not shared by all nodes: {'; '.join(blind[:4])}; set storage=FOLDER to one that "
+            f"every node mounts, or scaling.workers so that one node suffices"
+        )
+
+
+def _check_places(job: Job, votes: Votes, node: str, local: int) -> None:
+    most = job.scaling.workers_per_node
+    if most is not None:
+        full = sorted({f"{name} has {count}" for name, count in votes.gather((node, local)) if count > most})
+        if full:
+            raise TrainError(
+                f"scaling.workers_per_node {most}: {', '.join(full)} workers; add a node, or raise workers_per_node"
+            )
+
+
+def _resume(folder: Path, votes: Votes, node: str, before: int) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from, found by worker 0; it also tidies up and notes the attempt."""
+    rank, world = parallel.rank_world()
+    nodes = votes.gather(node)
+    path: Path | None = None
+    if rank == 0:
+        notes: list[str] = []
+        found = checkpoint.latest(folder / "checkpoints", notes.append)
+        checkpoint.clean(folder / "checkpoints")
+        _forget(folder / "metrics.jsonl", found.moment.epoch if found else 0)
+        for old in (folder / "workers").glob("failed-*.json"):
+            old.unlink()
+        (folder / "workers" / ".reserve").write_bytes(bytes(RESERVE))
+        step = found.moment.global_step if found else 0
+        append_line(folder / "attempts.jsonl", {
+            "attempt": len(read_lines(folder / "attempts.jsonl")) + 1, "time": time.time(), "workers": world,
+            "nodes": sorted(set(nodes)), "from_step": step, "reached_before": before, "notes": notes,
+        })  # fmt: skip
+        path = found.path if found else None
+    path = votes.send(path)
+    return checkpoint.load(path) if path is not None else None
+
+
+def _origins(folder: Path, job: Job, rows: list[int]) -> list[str]:
+    """Where rows of the train split come from."""
+    from raydeep.data import shards, splits
+
+    path = read_json(folder / "provenance.json")["dataset"]["path"]
+    return splits.origins(shards.load_manifest(Path(path)), job.data, "train", rows)
+
+
+def _forget(path: Path, epochs: int) -> None:
+    """Drop the lines of epochs that a resumed training does again: they were told before they were saved."""
+    lines = read_lines(path)
+    kept = [line for line in lines if line.get("stage") != "train" or line["epoch"] <= epochs]
+    if len(kept) < len(lines):
+        write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
