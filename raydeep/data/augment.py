@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from raydeep.data import colour, geometry, mix, policies
+from raydeep.data.constants import constant
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,8 +52,8 @@ def _to_float(images: torch.Tensor) -> torch.Tensor:
 
 def _scale(x: torch.Tensor, mean: list[float], std: list[float], top: float, out: torch.Tensor) -> torch.Tensor:
     """Float NCHW in [0, top] → zero mean, unit variance a channel, into `out` (it may be x)."""
-    factor = torch.tensor([1 / (top * s) for s in std], dtype=x.dtype, device=x.device).view(-1, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=x.dtype, device=x.device)
+    factor = constant(tuple(1 / (top * s) for s in std), x.dtype, x.device).view(-1, 1, 1)
+    shift = constant(tuple(-m / s for m, s in zip(mean, std, strict=True)), x.dtype, x.device)
     return torch.mul(x, factor, out=out).add_(shift.view(-1, 1, 1))
 
 
@@ -84,12 +85,14 @@ class Augmenter:
         self.pairs = mix.is_on(cfg)  # whether `mix` does anything
         self.draws = 0 if cfg == type(cfg)(padding=cfg.padding) else DRAWS  # columns of uniform numbers that it needs
 
-    def __call__(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, numbers: torch.Tensor, host: torch.Tensor | None = None) -> torch.Tensor:
         """Augment and normalise.
 
         Args:
             images: uint8 of shape [B, H, W, C].
             numbers: uniform in [0, 1), float64 of shape [B, DRAWS], on the same device.
+            host: the same numbers on the CPU: which samples a step concerns is then known without waiting for the
+                device.
 
         Returns:
             float32 of shape [B, C, H, W].
@@ -98,14 +101,15 @@ class Augmenter:
             return to_input(images, self.mean, self.std)
         with torch.no_grad():
             rows, height, width, channels = images.shape
-            drawn = self._draw(numbers, height, width, channels)
+            host = numbers if host is None else host
+            drawn = self._draw(numbers, host, height, width, channels)
             out = torch.empty(rows, channels, height, width, device=images.device)
             step = CHUNK_VALUES // max(1, height * width * channels) if images.device.type == "cpu" else rows
             for start in range(0, rows, max(1, step)):
                 part = slice(start, start + max(1, step))
                 self._pixels(images[part], drawn.part(part), out[part])
-            _blur(self.cfg, out, numbers)
-            _erase(self.cfg, out, numbers)
+            _blur(self.cfg, out, numbers, host)
+            _erase(self.cfg, out, numbers, host)
             return out
 
     def shape_draws(self, numbers: np.ndarray) -> np.ndarray:
@@ -128,9 +132,9 @@ class Augmenter:
         with torch.no_grad():
             return mix.mix(self.cfg, x, labels, numbers) if self.pairs and len(x) else (x, None, None)
 
-    def _draw(self, u: torch.Tensor, height: int, width: int, channels: int) -> Drawn:
+    def _draw(self, u: torch.Tensor, host: torch.Tensor, height: int, width: int, channels: int) -> Drawn:
         cfg = self.cfg
-        picks = policies.draw(cfg, u, height, width) if cfg.policy else None
+        picks = policies.draw(cfg, host, height, width) if cfg.policy else None
         colours = colour.draw(cfg, u, channels) if colour.changes(cfg, channels) else None
         shifts = None if geometry.stays(cfg) else geometry.shifts(cfg, u, height, width)
         if picks is None and geometry.whole_pixels(cfg):
@@ -140,7 +144,7 @@ class Augmenter:
             matrix = geometry.perspective(cfg, u, height, width) @ matrix
         some = None
         if picks is not None:
-            matrix = policies.moves(picks, height, width).to(matrix.device) @ matrix
+            matrix = policies.moves(picks, height, width).to(matrix.device, non_blocking=True) @ matrix
             some = policies.moved(picks) if geometry.whole_pixels(cfg) else None
         return Drawn(shifts, geometry.normalised(matrix, height, width), some, colours, picks)
 
@@ -161,14 +165,14 @@ class Augmenter:
             return geometry.resample(images, drawn.theta, padding, projective)
         x = _to_float(images if drawn.shifts is None else geometry.gather(images, drawn.shifts, padding))
         if drawn.theta is not None and drawn.some is not None and drawn.some.any():
-            rows = torch.nonzero(drawn.some).view(-1).to(x.device)
+            rows = torch.nonzero(drawn.some).view(-1).to(x.device, non_blocking=True)
             x[rows] = geometry.resample(images[rows], drawn.theta[rows], padding, projective)
         return x
 
 
-def _blur(cfg: Augment, x: torch.Tensor, u: torch.Tensor) -> None:
+def _blur(cfg: Augment, x: torch.Tensor, u: torch.Tensor, host: torch.Tensor) -> None:
     """Gaussian blur of the samples drawn, in place; as its weights sum to 1, it may follow the normalisation."""
-    rows = _rows(u[:, 27] < cfg.blur, cfg.blur)
+    rows = _rows(host[:, 27], cfg.blur, x.device)
     if len(rows):
         from kornia.filters import gaussian_blur2d
 
@@ -177,9 +181,9 @@ def _blur(cfg: Augment, x: torch.Tensor, u: torch.Tensor) -> None:
         x[rows] = gaussian_blur2d(x[rows], (height, width), sigma, "reflect")
 
 
-def _erase(cfg: Augment, x: torch.Tensor, u: torch.Tensor) -> None:
+def _erase(cfg: Augment, x: torch.Tensor, u: torch.Tensor, host: torch.Tensor) -> None:
     """Random erasing (arXiv 1708.04896) of the samples drawn, in place: a box takes the data's mean colour."""
-    rows = _rows(u[:, 29] < cfg.erasing, cfg.erasing)
+    rows = _rows(host[:, 29], cfg.erasing, x.device)
     if len(rows):
         height, width = x.shape[-2:]
         area = (0.02 + 0.31 * u[rows, 30]) * height * width
@@ -189,9 +193,11 @@ def _erase(cfg: Augment, x: torch.Tensor, u: torch.Tensor) -> None:
         x[rows] = x[rows].masked_fill((y[:, :, None] & x_[:, None, :])[:, None], 0.0)
 
 
-def _rows(chosen: torch.Tensor, probability: float) -> torch.Tensor:
-    """Indices of the samples drawn, int64; no look at the device if there can be none."""
-    return torch.nonzero(chosen).view(-1) if probability else torch.zeros(0, dtype=torch.int64)
+def _rows(drawn: torch.Tensor, probability: float, device: torch.device) -> torch.Tensor:
+    """Indices of the samples whose draw is below a probability: int64, on the device."""
+    if not probability:  # no look at the draws
+        return torch.zeros(0, dtype=torch.int64)
+    return torch.nonzero(drawn < probability).view(-1).to(device, non_blocking=True)
 
 
 def _span(side: torch.Tensor, at: torch.Tensor, pixels: int) -> torch.Tensor:

@@ -151,7 +151,7 @@ class Batches:
             images = self._to_device(pictures)
             targets, draws = self._to_device(labels), self._to_device(numbers)
         with self.meter("augment"):
-            x = self.augmenter(images, draws)
+            x = self.augmenter(images, draws, torch.from_numpy(numbers))
             x, other, weight = self.augmenter.mix(x, targets, draws)
         return Micro(x, targets, valid, other, weight)
 

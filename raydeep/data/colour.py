@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from raydeep.data.constants import constant
+
 if TYPE_CHECKING:
     from raydeep.config import Augment
 
@@ -28,7 +30,7 @@ class Linear(NamedTuple):
 
 def grey_weights(channels: int, like: torch.Tensor) -> torch.Tensor:
     """What each channel adds to the grey value: [C]."""
-    return like.new_tensor(LUMA if channels == 3 else [1 / channels] * channels)
+    return constant(LUMA if channels == 3 else (1 / channels,) * channels, like.dtype, like.device)
 
 
 def identity(rows: int, channels: int, like: torch.Tensor) -> Linear:
@@ -59,17 +61,18 @@ def saturation(old: Linear, factor: torch.Tensor) -> Linear:
 
 
 @cache
-def _yuv() -> tuple[torch.Tensor, torch.Tensor]:
-    """Kornia's RGB → YUV (ITU-R BT.470) and its inverse: float64 [3, 3] on the CPU."""
+def _yuv(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kornia's RGB → YUV (ITU-R BT.470) and its inverse: [3, 3], made once a device."""
     from kornia.color import rgb_to_yuv, yuv_to_rgb
 
     basis = torch.eye(3, dtype=torch.float64).view(1, 3, 1, 3)  # a row of three pixels: the unit vectors
-    return rgb_to_yuv(basis).view(3, 3), yuv_to_rgb(basis).view(3, 3)
+    there, back = (change(basis).view(3, 3).to(device, dtype) for change in (rgb_to_yuv, yuv_to_rgb))
+    return there, back
 
 
 def hue(old: Linear, angle: torch.Tensor) -> Linear:
     """Turn the chroma plane (U, V) by an angle in radians, [B]; red turns towards green; grey stays as it is."""
-    there, back = (matrix.to(angle) for matrix in _yuv())
+    there, back = _yuv(angle.dtype, angle.device)
     cos, sin, zero, one = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle), torch.ones_like(angle)
     turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(-1, 3, 3)
     turned = back @ turn @ there

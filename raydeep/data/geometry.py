@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from raydeep.data.constants import constant
+
 if TYPE_CHECKING:
     from raydeep.config import Augment
 
@@ -101,9 +103,9 @@ def perspective(cfg: Augment, u: torch.Tensor, height: int, width: int) -> torch
     from kornia.geometry.transform import get_perspective_transform
 
     right, bottom = width - 1.0, height - 1.0
-    corners = torch.tensor([[0, 0], [right, 0], [right, bottom], [0, bottom]], dtype=u.dtype, device=u.device)
-    inwards = torch.tensor([[1, 1], [-1, 1], [-1, -1], [1, -1]], dtype=u.dtype, device=u.device)
-    side = torch.tensor([width, height], dtype=u.dtype, device=u.device)
+    corners = constant(((0, 0), (right, 0), (right, bottom), (0, bottom)), u.dtype, u.device)
+    inwards = constant(((1, 1), (-1, 1), (-1, -1), (1, -1)), u.dtype, u.device)
+    side = constant((width, height), u.dtype, u.device)
     moved = corners + inwards * u[:, 18:26].reshape(-1, 4, 2) * (cfg.perspective / 2) * side
     return get_perspective_transform(corners.expand_as(moved), moved)
 
@@ -112,9 +114,9 @@ def normalised(matrix: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Source → destination in pixels, to destination → source in [-1, 1] (align_corners): float32 [B, 3, 3]."""
     sx, sy = max(width - 1, 1) / 2, max(height - 1, 1) / 2
     cx, cy = (width - 1) / 2, (height - 1) / 2
-    to_pixels = torch.tensor([[sx, 0, cx], [0, sy, cy], [0, 0, 1]], dtype=matrix.dtype, device=matrix.device)
-    to_unit = torch.tensor([[1 / sx, 0, -cx / sx], [0, 1 / sy, -cy / sy], [0, 0, 1]]).to(to_pixels)
-    found = to_unit @ torch.linalg.inv_ex(matrix)[0] @ to_pixels
+    to_pixels = constant(((sx, 0, cx), (0, sy, cy), (0, 0, 1)), matrix.dtype, matrix.device)
+    to_unit = constant(((1 / sx, 0, -cx / sx), (0, 1 / sy, -cy / sy), (0, 0, 1)), torch.float32, matrix.device)
+    found = to_unit.to(matrix.dtype) @ torch.linalg.inv_ex(matrix)[0] @ to_pixels
     return (found / found[:, 2:, 2:]).float()
 
 

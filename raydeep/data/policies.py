@@ -245,5 +245,5 @@ def apply(x: torch.Tensor, picks: Picks) -> None:
         for name, op in OPS.items():
             rows = torch.nonzero(ops == OP[name]).view(-1)
             if len(rows):
-                there = rows.to(x.device)
-                x[there] = op(x[there], strength[rows].to(x))
+                there = rows.to(x.device, non_blocking=True)
+                x[there] = op(x[there], strength[rows].to(x.dtype).to(x.device, non_blocking=True))
