@@ -193,6 +193,10 @@ class Saver:
         self.thread = threading.Thread(target=self._write, args=(moment, tensors, plain), name="checkpoint")
         self.thread.start()
 
+    def busy(self) -> bool:
+        """Whether one is being written."""
+        return self.thread is not None and self.thread.is_alive()
+
     def wait(self) -> None:
         """Until nothing is being written."""
         if self.thread is not None:

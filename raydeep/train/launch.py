@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ RAY_ENV = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial has no accuracy to report
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+SAVE_FIRST_S = 10.0  # most that a stop waits for a checkpoint: the grace that clusters give is often 30 s
 NOISY = ("ray", "ray.data", "ray.train", "ray.tune", "ray.tune.tuner", "optuna")
 
 OnLine = Callable[[dict[str, Any]], None]
@@ -153,14 +154,12 @@ def train(job: Job, run: Run, data: Any, spec: dict[str, Any], on_line: OnLine |
         RaydeepError: what a worker raised.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
     from raydeep.train import worker
 
     scaling = job.scaling
     workers = run.path / "workers"
     shutil.rmtree(workers, ignore_errors=True)
-    trainer = TorchTrainer(
+    trainer = _trainer(workers)(
         worker.work,
         train_loop_config={"job": job.model_dump(mode="json"), "run": str(run.path), "data": data, "spec": spec},
         scaling_config=ScalingConfig(
@@ -177,10 +176,12 @@ def train(job: Job, run: Run, data: Any, spec: dict[str, Any], on_line: OnLine |
             failure_config=FailureConfig(max_failures=scaling.max_failures),
         ),
     )  # fmt: skip
-    with follow([run.path / "metrics.jsonl", run.path / "attempts.jsonl"], on_line), _term_like_int():
+    with follow([run.path / "metrics.jsonl", run.path / "attempts.jsonl"], on_line):
         try:
-            trainer.fit()
+            with _own_signals():
+                trainer.fit()
         except SystemExit:  # Ray Train's own answer to Ctrl-C
+            signal.raise_signal(trainer.stopped_by or signal.SIGINT)
             raise KeyboardInterrupt from None
         except Exception as err:
             raise _cause(err, workers) from err
@@ -200,19 +201,45 @@ def _number(scaling: Scaling) -> int | tuple[int, int]:
     return (scaling.min_workers, most)
 
 
+def _trainer(workers: Path) -> Any:
+    """TorchTrainer, but Ctrl-C and SIGTERM first have the workers write a checkpoint; a second one does not wait."""
+    from ray.train.torch import TorchTrainer
+
+    class Trainer(TorchTrainer):
+        stopped_by: signal.Signals | None = None
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            super()._register_sigint_handler(controller)
+            stop: Any = signal.getsignal(signal.SIGINT)
+
+            def save_then_stop(number: int, frame: Any) -> None:
+                ask, end = workers / "ask", time.monotonic() + SAVE_FIRST_S
+                if self.stopped_by is None:
+                    self.stopped_by = signal.Signals(number)
+                    with suppress(OSError):
+                        ask.touch()
+                    while ask.exists() and time.monotonic() < end:
+                        time.sleep(0.05)
+                stop(signal.SIGINT, frame)
+
+            signal.signal(signal.SIGINT, save_then_stop)
+            signal.signal(signal.SIGTERM, save_then_stop)
+
+    return Trainer
+
+
 @contextmanager
-def _term_like_int() -> Iterator[None]:
-    """SIGTERM ends a training as Ctrl-C does: with a checkpoint (worker.py writes one before it is taken down)."""
+def _own_signals() -> Iterator[None]:
+    """Put back the handlers that Ray Train leaves behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])  # Ray Train leaves its own behind
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def _cause(err: BaseException, workers: Path) -> BaseException:

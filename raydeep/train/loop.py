@@ -155,7 +155,7 @@ class _Fit:
         step = epoch * per_epoch + first
         self.control.at("waits for its first batch", step)
         for micros in batches.epoch(epoch, first, epochs):
-            self.control.at("computes", step)
+            self.control.at("computes")
             torch.manual_seed((self.seed * 1_000_003 + step) * 4099 + rank)  # a step, so that a resume draws alike
             if on_step is not None:
                 on_step(step, total)
@@ -174,8 +174,9 @@ class _Fit:
                 if self.state.average is not None:
                     self.state.average.update()
             step += 1
+            self.control.at("waits for the others", step)
             self._maybe_save(epoch, step, loss_sum)
-            self.control.at("waits for a batch", step)
+            self.control.at("waits for a batch")
         train_s = time.perf_counter() - start
         mean_loss = parallel.all_sum(loss_sum).item() / per_epoch
         done = sum(batches.step_rows(s) for s in range(first, per_epoch))

@@ -27,6 +27,8 @@ from raydeep.train.metrics import Score, evaluate
 
 SAVE_FIRST_S = 20.0  # most that a shutdown waits for a checkpoint
 AGAIN_S = 5.0  # between checkpoints while a node is about to go
+PAUSE_S = 5.0  # after a checkpoint that the driver asked for
+LOOK_S = 0.2  # between looks for the driver's file
 RESERVE = 64 * 1024  # bytes kept to write the error of a full disk
 
 
@@ -36,14 +38,25 @@ class _Notices:
     def __init__(self) -> None:
         self.save, self.leave = threading.Event(), threading.Event()
         self.saver: checkpoint.Saver | None = None  # of the training that is under way
-        self.draining_at = 0.0
+        self.draining_at = self.looked_at = 0.0
+        self.ask: Path | None = None  # the driver's file: it is there while a checkpoint is waited for
+        self.asked_at: int | None = None  # saver.started, then
 
     def wishes(self) -> Wish:
         """See Control.wishes."""
-        save = self.save.is_set()
+        save, now = self.save.is_set(), time.monotonic()
         self.save.clear()
-        if time.monotonic() - self.draining_at > AGAIN_S and _draining():
-            self.draining_at, save = time.monotonic(), True
+        if now - self.draining_at > AGAIN_S and _draining():
+            self.draining_at, save = now, True
+        if self.saver and self.ask and (self.asked_at is not None or now - self.looked_at > LOOK_S):
+            self.looked_at = now
+            if self.asked_at is not None:
+                if self.saver.started > self.asked_at and not self.saver.busy():
+                    self.ask.unlink(missing_ok=True)
+                    self.asked_at = None
+                    time.sleep(PAUSE_S)  # the driver stops the run now: steps done meanwhile would be lost
+            elif self.saver.rank == 0 and self.ask.exists():
+                self.asked_at, save = self.saver.started, True
         return Wish(save, self.leave.is_set())
 
 
@@ -165,7 +178,7 @@ def _train(job: Job, folder: Path, config: dict[str, Any], watch: Watch, local: 
         if rank == 0:
             append_line(folder / "metrics.jsonl", {"stage": "train", **metrics})
 
-    NOTICES.saver = saver
+    NOTICES.saver, NOTICES.ask = saver, watch.folder / "ask"
     fit(
         model, losses.cross_entropy(cfg.label_smoothing), batches, cfg, seed=job.seed, strategy=strategy,
         evaluate=score, on_epoch=on_epoch, saver=saver, resume=resume, control=control,
