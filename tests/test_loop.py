@@ -101,8 +101,8 @@ def test_training_learns_the_digits(digits):
 class Doubled(Augmenter):
     """In float64, so that only the arithmetic of the loop is compared."""
 
-    def __call__(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        return super().__call__(images, numbers).double()
+    def __call__(self, images: torch.Tensor, *numbers: torch.Tensor) -> torch.Tensor:
+        return super().__call__(images, *numbers).double()
 
 
 def test_the_number_of_micro_batches_changes_nothing(pixels):

@@ -154,6 +154,7 @@ def train(job: Job, run: Run, data: Any, spec: dict[str, Any], on_line: OnLine |
         RaydeepError: what a worker raised.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
+
     from raydeep.train import worker
 
     scaling = job.scaling
@@ -209,7 +210,7 @@ def _trainer(workers: Path) -> Any:
         stopped_by: signal.Signals | None = None
 
         def _register_sigint_handler(self, controller: Any) -> None:
-            super()._register_sigint_handler(controller)
+            super()._register_sigint_handler(controller)  # type: ignore[misc]
             stop: Any = signal.getsignal(signal.SIGINT)
 
             def save_then_stop(number: int, frame: Any) -> None:

@@ -147,7 +147,7 @@ class _AllSum(torch.autograd.Function):
         return all_sum(values.clone())
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return all_sum(gradient.clone())
 
 
