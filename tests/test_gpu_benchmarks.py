@@ -15,7 +15,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "gpu"
-ABSENT = {"ray", "pyarrow", "onnxruntime", "optuna", "sklearn", "plotly", "scipy", "onnx", "typer", "jinja2"}
+ABSENT = {"ray", "pyarrow", "onnxruntime", "optuna", "sklearn", "plotly", "scipy", "onnx", "typer"}
 LAUNCH = """
 import json, os, runpy, sys
 blocked = set(json.loads(sys.argv.pop(1)))
