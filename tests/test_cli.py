@@ -17,6 +17,7 @@ from PIL import Image
 from raydeep import __version__, cli
 from raydeep.config import Job
 from raydeep.data.guess import source_of
+from raydeep.errors import JobError
 from raydeep.run import Run
 
 COMMANDS = ("train", "compress", "search", "shard", "export", "report", "predict", "preview", "data", "schema")
@@ -137,14 +138,37 @@ def test_a_job_file_that_is_missing_is_named(raydeep):
 
 @pytest.mark.parametrize("command", ["train", "compress", "search"])
 def test_a_stage_needs_a_job_or_a_run(raydeep, tmp_path, command):
-    wanted = f"raydeep {command} needs a job file or --resume RUN, and not both"
-    assert refusal(raydeep(command)) == wanted
-    assert refusal(raydeep(command, "job.yaml", "--resume", tmp_path)) == wanted
+    assert refusal(raydeep(command)) == f"raydeep {command} needs a job file, or --resume RUN"
 
 
-def test_a_resumed_run_keeps_its_job(raydeep, tmp_path):
-    message = refusal(raydeep("train", "--resume", tmp_path, "--set", "train.epochs=3"))
-    assert message == "--resume goes on with the run's own job: --set and --from can't change it"
+@pytest.mark.parametrize("how", ["set", "file"])
+def test_a_changed_job_does_not_resume_a_run(raydeep, job, tmp_path, how):
+    run = Run.create(job, "raydeep train")
+    before = (run.path / "job.yaml").read_text()
+    if how == "set":
+        given = ["--set", "train.lr=0.7", "--set", "scaling.workers=2"]
+    else:
+        given = [str(tmp_path / "job.yaml")]
+        changed = job.with_values({"train.lr": 0.7, "scaling.workers": 2}).model_copy(update={"search": job.search})
+        Path(given[0]).write_text(yaml.safe_dump(changed.model_dump(mode="json")))
+    message = refusal(raydeep("train", *given, "--resume", run.path))
+    assert message.startswith(f"{run.path}: began with another job: train.lr was {job.train.lr}, now 0.7; ")
+    assert "scaling.workers was 1, now 2" in message
+    assert "--force" in message
+    assert (run.path / "job.yaml").read_text() == before
+
+
+def test_a_run_goes_on_with_a_changed_job_by_force_only(job):
+    run = Run.create(job, "raydeep train")
+    changed = job.model_copy(update={"train": job.train.model_copy(update={"lr": 0.7}), "storage": "elsewhere"})
+    with pytest.raises(JobError, match=r"train\.lr was"):
+        run.take(changed)
+    run.take(changed, force=True)
+    again = Run.open(run.path)
+    assert (again.job.train.lr, again.job.storage) == (0.7, job.storage)
+    [noted] = json.loads((run.path / "provenance.json").read_text())["changed_jobs"]
+    assert noted == [f"train.lr was {job.train.lr}, now 0.7"]
+    again.take(again.job)  # its own job needs no force
 
 
 def test_a_run_is_not_resumed_on_other_data(raydeep, job, digits_manifest):

@@ -101,7 +101,7 @@ def test_an_unknown_key_names_the_nearest_and_the_valid_ones(write, text, neares
         ("train: {lr: .inf}", "train.lr: found inf, expected a finite number"),
         ("train: {lr: 0}", "train.lr: found 0, expected greater than 0"),
         ("train: {epochs: many}", "train.epochs: found 'many', expected a valid integer"),
-        ("train: {optimizer: lion}", "train.optimizer: found 'lion', expected 'sgd' or 'adamw'"),
+        ("train: {optimizer: lion}", "train.optimizer: found 'lion', expected 'sgd', 'adamw' or 'muon'"),
         ("augment: {scale: [0.9]}", "augment.scale: found [0.9], expected two numbers: [low, high]"),
         ("augment: {scale: [1.1, 0.9]}", "augment.scale: found [1.1, 0.9], expected [low, high] with 0 < low <= high"),
         ("augment: {scale: [1, .inf]}", "augment.scale: found [1, inf]"),

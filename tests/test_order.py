@@ -28,7 +28,8 @@ class Keep:
     pairs = False
     draws = DRAWS
 
-    def __call__(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, numbers: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(numbers, host)
         return torch.cat([images.flatten(1).double(), numbers], 1)
 
     def shape_draws(self, numbers: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,8 @@ def probe(folder: Path, votes: Votes, node: str) -> None:
     unseen = [other for name, other, failed in names if not failed and not (folder / name).exists()]
     told = votes.gather((node, unseen))
     votes.gather(None)  # nobody removes a file that another still looks for
-    mine.unlink(missing_ok=True)
+    with suppress(OSError):
+        mine.unlink()
     errors = [failed for _, _, failed in names if failed]
     if errors:
         raise TrainError(f"storage {folder}: {errors[0]}; free space, or set storage=FOLDER that every node can write")
