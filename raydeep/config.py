@@ -97,8 +97,11 @@ class Job(Section):
                     f"train.accumulate {train.accumulate} micro-batches can't fill a pipeline of "
                     f"{scaling.pipeline_stages} stages; raise it to {scaling.pipeline_stages} or more (4 × is usual)"
                 )
-        if train.optimizer == "muon" and scaling.strategy == "fsdp":
-            raise ValueError("train.optimizer muon needs whole matrices: use scaling.strategy ddp, or adamw with fsdp")
+        if train.optimizer == "muon" and scaling.strategy != "ddp":
+            raise ValueError(
+                f"train.optimizer muon needs the whole network on a worker: use scaling.strategy ddp, or adamw with "
+                f"{scaling.strategy}"
+            )
 
     def with_values(self, values: dict[str, Any], check_pairs: bool = True) -> Job:
         """A copy with dotted keys set, validated; the search space is left out of the copy.

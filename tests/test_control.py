@@ -71,6 +71,7 @@ def worker(rank: int, folder: Path) -> None:
     seen["one"] = poisoned(folder, rank, 1)
     seen["all"] = poisoned(folder, rank, None)
     probe(folder / "shared", votes, f"node{rank}")
+    votes.gather(None)  # both have tidied up
     seen["left"] = [path.name for path in (folder / "shared").iterdir()]
     with pytest.raises(TrainError) as caught:
         probe(folder / f"own{rank}", votes, f"node{rank}")

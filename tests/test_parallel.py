@@ -33,6 +33,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ddp, averaged weights": ("plain", {"ema": 0.9}, {}),
     "ddp, muon": ("plain", {"optimizer": "muon"}, {}),
     "ddp, SyncBatchNorm": ("norms", {}, {"sync_batchnorm": True}),
+    "pipeline, 1f1b": ("plain", {"accumulate": 4}, {"strategy": "pipeline"}),
+    "pipeline, gpipe": ("plain", {"accumulate": 2}, {"strategy": "pipeline", "pipeline_schedule": "gpipe"}),
+    "pipeline, adamw": ("plain", {"accumulate": 4, "optimizer": "adamw", "ema": 0.9}, {"strategy": "pipeline"}),
     "fsdp": ("plain", {}, {"strategy": "fsdp"}),
     "fsdp, accumulation": ("plain", {"accumulate": 3}, {"strategy": "fsdp"}),
     "fsdp, adamw, averaged weights": ("plain", {"optimizer": "adamw", "ema": 0.9}, {"strategy": "fsdp"}),
@@ -154,8 +157,9 @@ def test_accumulation_is_the_same_training(trained):
     assert furthest(weights(trained / "one" / "ddp"), weights(trained / "one" / "ddp, accumulation")) < TOLERANCE
 
 
-def test_a_partitioned_model_is_checkpointed_in_parts(trained):
-    files = sorted((trained / "two" / "fsdp" / "step-000000006").glob("*.safetensors"))
+@pytest.mark.parametrize("case", ["fsdp", "pipeline, 1f1b"])
+def test_a_partitioned_model_is_checkpointed_in_parts(trained, case):
+    files = sorted((trained / "two" / case / "step-000000006").glob("*.safetensors"))
     assert len(files) == 2
     assert all(file.stat().st_size < 0.8 * sum(other.stat().st_size for other in files) for file in files)
     assert len(list((trained / "two" / "ddp" / "step-000000006").glob("*.safetensors"))) == 1

@@ -38,6 +38,10 @@ class Average:
         finally:
             self._put(own)
 
+    def keep(self) -> None:
+        """Leave the averaged parameters in the module."""
+        self._put(self.shadows)
+
     @torch.no_grad()
     def _put(self, values: dict[str, torch.Tensor]) -> None:
         for name, parameter in self.module.named_parameters():

@@ -46,7 +46,7 @@ def fit(
     resume: checkpoint.Checkpoint | None = None,
     control: Control | None = None,
 ) -> list[dict[str, Any]]:
-    """Train a model in place.
+    """Train a model in place; with cfg.ema it ends with the averaged weights.
 
     The gradient of a step is that of the mean loss over the global batch, whatever the number of workers and
     micro-batches and however the model is spread over them.
@@ -127,6 +127,7 @@ class _Fit:
             module, make_optimizer(module, cfg, lr), Average(module, cfg.ema) if cfg.ema else None
         )
         self.saved_at = time.monotonic()
+        self.bfloat16 = parallel.uses_bfloat16(cfg, self.device)
 
     def resume(self, before: checkpoint.Checkpoint | None) -> None:
         """Continue after a checkpoint."""
@@ -177,8 +178,8 @@ class _Fit:
             self.control.at("waits for the others", step)
             self._maybe_save(epoch, step, loss_sum)
             self.control.at("waits for a batch")
+        mean_loss = parallel.all_sum(loss_sum).item() / per_epoch  # waits for the device
         train_s = time.perf_counter() - start
-        mean_loss = parallel.all_sum(loss_sum).item() / per_epoch
         done = sum(batches.step_rows(s) for s in range(first, per_epoch))
         return {
             "epoch": epoch + 1,
@@ -216,6 +217,8 @@ class _Fit:
             self.control.at("writes the last checkpoint")
             self.saver.wait()
             self._obey(self.control.votes.now(Wish(failed=self.saver.error is not None)))
+        if self.state.average is not None:
+            self.state.average.keep()
 
     def _maybe_save(self, epoch: int, step: int, loss_sum: torch.Tensor) -> None:
         saver, cfg, per_epoch = self.saver, self.cfg, self.batches.steps_per_epoch
@@ -242,7 +245,7 @@ class _Fit:
             raise SystemExit("told to leave; a checkpoint is written")
 
     def _precision(self) -> Any:
-        if parallel.uses_bfloat16(self.cfg, self.device):
+        if self.bfloat16:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 

@@ -27,7 +27,7 @@ def evaluate(
     model: nn.Module | Strategy,
     batches: Iterable[Micro],
     rows: int,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     flip: bool = False,
     on_batch: Callable[[], None] | None = None,
 ) -> Score:
@@ -37,13 +37,15 @@ def evaluate(
         model: float NCHW → logits NK; or the strategy that holds it.
         batches: this worker's part of the split.
         rows: of the whole split; asserted.
-        device: where the sums are kept.
+        device: where the sums are kept; None: that of the network's first parameter.
         flip: average the logits of each picture and its mirror image (test-time augmentation).
         on_batch: called after each batch.
     """
     module = model.module if isinstance(model, Strategy) else model
     predict = model.predict if isinstance(model, Strategy) else model
     group = model.data_group if isinstance(model, Strategy) else None
+    if device is None:
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
     training = module.training
     module.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
