@@ -73,8 +73,14 @@ def pixels() -> Pixels:
 
 
 def train(case: str, folder: Path, resume: Path | None = None) -> list[dict[str, Any]]:
+    """Train a case as `train_as` does."""
+    return train_as(*CASES[case], folder, resume)
+
+
+def train_as(
+    kind: str, keys: dict[str, Any], scaling: dict[str, Any], folder: Path, resume: Path | None = None
+) -> list[dict[str, Any]]:
     """Train on the process group that is there; leaves checkpoints of steps 3 and 6 in `folder`."""
-    kind, keys, scaling = CASES[case]
     cfg, data = CFG.model_copy(update=keys), pixels()
     strategy = parallel.strategy(Scaling.model_validate({"workers": 2, **scaling}))
     rank, world = strategy.data_rank, strategy.data_world

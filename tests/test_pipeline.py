@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
-from test_parallel import CASES, TOLERANCE, furthest, network, train, weights
+from test_parallel import TOLERANCE, furthest, network, train_as, weights
 from torch import multiprocessing, nn
 
 from raydeep.errors import ModelError
@@ -134,9 +134,9 @@ def test_more_stages_than_places_are_refused():
 
 # more workers than two
 
-CASES |= {
-    "three stages": ("plain", {"accumulate": 4}, {"strategy": "pipeline", "workers": 3}),
-    "two replicas of two stages": ("plain", {"accumulate": 2}, {"strategy": "pipeline", "workers": 4, "stages": 2}),
+LARGER = {
+    "three stages": ({"accumulate": 4}, {"strategy": "pipeline", "workers": 3}),
+    "two replicas of two stages": ({"accumulate": 2}, {"strategy": "pipeline", "workers": 4, "stages": 2}),
 }
 
 
@@ -144,14 +144,14 @@ def worker(rank: int, folder: Path, case: str, world: int) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/{case} rendezvous", rank=rank, world_size=world)
-    train(case, folder / case)
+    train_as("plain", *LARGER[case], folder / case)
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("case", "world"), [("three stages", 3), ("two replicas of two stages", 4)])
 def test_more_workers_train_as_one(tmp_path, case, world):
-    train(case, tmp_path / "alone")
+    train_as("plain", *LARGER[case], tmp_path / "alone")
     multiprocessing.spawn(worker, args=(tmp_path, case, world), nprocs=world)  # type: ignore[attr-defined]
     assert furthest(weights(tmp_path / "alone"), weights(tmp_path / case)) < TOLERANCE
     files = list((tmp_path / case / "step-000000006").glob("*.safetensors"))
