@@ -278,7 +278,7 @@ def node_lost(home: Path, whole: Training) -> list[Outcome]:
     """Kill -9 of a raylet under `workers: [1, 2]`; later the node comes back."""
     with nodes(home) as both:
         training = Training(
-            home, "node-lost", *SETS, "train.epochs=60", "scaling.workers=[1, 2]", "scaling.resize_interval_s=5",
+            home, "node-lost", *SETS, "train.epochs=24", "scaling.workers=[1, 2]", "scaling.resize_interval_s=5",
             env={"RAY_ADDRESS": both.cluster.address},
         )  # fmt: skip
         training.wait_step(300)
@@ -317,7 +317,7 @@ def stalled(home: Path, whole: Training) -> Outcome:
 def table(home: Path) -> list[Outcome]:
     """Every fault."""
     whole, sharded = undisturbed(home), undisturbed(home, "whole-fsdp", "scaling.strategy=fsdp")
-    longer = undisturbed(home, "whole-60", "train.epochs=60")
+    longer = undisturbed(home, "whole-24", "train.epochs=24")
     outcomes = []
     for fault in (worker_killed, worker_terminated, driver_killed, driver_terminated, disk_full, stalled):
         outcomes.append(fault(home, whole))
