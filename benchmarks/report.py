@@ -20,8 +20,14 @@ def number(value: float) -> str:
 
 def table(whole: dict[str, Any]) -> str:
     """One saved result as Markdown: a row a measurement, then where it comes from."""
+    faults = all("happened" in row for row in whole["results"])
     lines = ["| measured | value | unit | ± | n | target |", "| --- | ---: | --- | ---: | ---: | --- |"]
+    if faults:
+        lines = ["| fault | what happened | steps again | final weights |", "| --- | --- | ---: | --- |"]
     for row in whole["results"]:
+        if faults:
+            lines.append(f"| {row['name']} | {row['happened']} | {row['value']:.0f} | {row['weights']} |")
+            continue
         spread = f"{row['spread']:.0%}" if "spread" in row else f"{row['std']:.2g}" if "std" in row else ""
         met = f"{row['target']}: {'met' if row['met'] else '**missed**'}" if "target" in row else ""
         value = number(row["value"])
