@@ -255,6 +255,15 @@ class Nodes:
         """Kill -9 of the second raylet and its workers."""
         self.cluster.remove_node(self.other, allow_graceful=False)
 
+    def drain(self, seconds: int) -> None:
+        """Ray's notice that the second node will be preempted."""
+        subprocess.run(
+            [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", self.cluster.address, "--node-id",
+             self.other.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
+             "--deadline-remaining-seconds", str(seconds)],
+            check=True, capture_output=True,
+        )  # fmt: skip
+
     def give(self) -> None:
         """A second node again."""
         self.other = self.cluster.add_node(**self.options)
@@ -298,6 +307,24 @@ def node_lost(home: Path, whole: Training) -> list[Outcome]:
     ]
 
 
+def node_preempted(home: Path, whole: Training) -> Outcome:
+    """Ray says that a node will go in 20 s, and it goes."""
+    with nodes(home) as both:
+        training = Training(
+            home, "node-preempted", *SETS, "train.epochs=24", "scaling.workers=[1, 2]", "train.checkpoint_steps=none",
+            "train.checkpoint_seconds=none", env={"RAY_ADDRESS": both.cluster.address},
+        )  # fmt: skip
+        training.wait_step(146)
+        both.drain(20)
+        training.wait(lambda: any(step % 146 for step in training.saved()), "a checkpoint inside an epoch", 30)
+        time.sleep(15)
+        both.lose()
+        training.wait(lambda: len(training.attempts()) == 2, "going on with one worker")
+        weights = ended_well(training, whole, TOLERANCE)
+    happened = "checkpoints at the notice and every 5 s, on with one worker"
+    return Outcome("a node is preempted (20 s notice)", happened, training.again(), weights)
+
+
 def stalled(home: Path, whole: Training) -> Outcome:
     """A worker stops answering (SIGSTOP); then --resume."""
     training = Training(home, "stalled", *SETS, "scaling.stall_timeout_s=8")
@@ -324,6 +351,8 @@ def table(home: Path) -> list[Outcome]:
         print(outcomes[-1], flush=True)
     outcomes.append(worker_killed(home, sharded, "scaling.strategy=fsdp")._replace(fault="kill -9 of a worker, fsdp"))
     outcomes += node_lost(home, longer)
+    print(outcomes[-2:], flush=True)
+    outcomes.append(node_preempted(home, longer))
     return outcomes
 
 

@@ -63,6 +63,7 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
     import ray
 
     restore = _quiet(log)
+    _errors_to_log()
     on_term = signal.getsignal(signal.SIGTERM)
     try:
         if address:
@@ -125,6 +126,16 @@ def _quiet(log: Path) -> Callable[[], None]:
         handler.close()
 
     return restore
+
+
+def _errors_to_log() -> None:
+    """Send what raylets say of died workers to the log: Ray prints it on the terminal and has no setting for it."""
+    from ray._private import worker
+
+    def write(data: dict[str, Any], **_: Any) -> None:
+        logging.getLogger("ray").warning("%s: %s", data.get("pid"), "\n".join(data["lines"]))
+
+    worker.print_to_stdstream = write  # type: ignore[assignment]
 
 
 _HANDLERS: dict[Path, logging.Handler] = {}
