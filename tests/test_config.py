@@ -117,6 +117,31 @@ def test_an_unknown_key_names_the_nearest_and_the_valid_ones(write, text, neares
             "train: {batch_size: 11, accumulate: 3}\nscaling: {workers: 4}",
             "train.batch_size 11 is less than scaling.workers 4 × train.accumulate 3: raise it to 12 or more",
         ),
+        (
+            "scaling: {workers: 0}",
+            "scaling.workers: found 0, expected a number of workers from 1 to 4096, or [min, max]",
+        ),
+        ("scaling: {workers: [2, 1]}", "scaling.workers: found [2, 1], expected a number of workers"),
+        ("scaling: {workers: [1, 2, 3]}", "scaling.workers: found [1, 2, 3], expected a number of workers"),
+        ("scaling: {workers: true}", "scaling.workers: found True, expected a number of workers"),
+        ("scaling: {strategy: pipeline, workers: [1, 2]}", "scaling: strategy pipeline needs a fixed number"),
+        ("scaling: {strategy: pipeline, workers: 3, stages: 2}", "scaling: workers 3 is no multiple of stages 2"),
+        ("scaling: {strategy: pipeline, workers: 3, cut_points: [a]}", "scaling: 3 stages need 2 cut_points, found 1"),
+        ("scaling: {stages: 2}", "scaling: stages needs strategy pipeline, found ddp"),
+        ("scaling: {strategy: fsdp, sync_batchnorm: true}", "scaling: sync_batchnorm needs strategy ddp, found fsdp"),
+        (
+            "scaling: {strategy: pipeline, workers: 2}\ntrain: {accumulate: 1}",
+            "train.accumulate 1 micro-batches can't fill a pipeline of 2 stages; raise it to 2 or more",
+        ),
+        (
+            "scaling: {strategy: pipeline, workers: 2}\ntrain: {accumulate: 3}",
+            "scaling.strategy pipeline needs micro-batches of one size: train.drop_last true, and train.batch_size "
+            "(now 128) a multiple of replicas × train.accumulate = 3",
+        ),
+        (
+            "scaling: {strategy: fsdp}\ntrain: {optimizer: muon}",
+            "train.optimizer muon needs the whole network on a worker: use scaling.strategy ddp",
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_expected(write, text, message):
