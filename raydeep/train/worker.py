@@ -11,13 +11,10 @@ import threading
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
 
 from raydeep.config import Job
 from raydeep.errors import TrainError
@@ -71,12 +68,12 @@ def _draining() -> bool:
     return get_train_context().preemption_context.preemption_info is not None
 
 
-def _on_sigterm() -> None:
-    """Runs on the worker's main thread, where Python lets signals be handled."""
+def on_sigterm() -> None:
+    """Handle SIGTERM: called on the worker's main thread, where Python lets signals be handled."""
     signal.signal(signal.SIGTERM, lambda *_: NOTICES.leave.set() if NOTICES.saver else os._exit(0))
 
 
-def _save_first() -> None:
+def save_first() -> None:
     """Before the workers are taken down, to resize them or to stop: a checkpoint, if they still train."""
     saver = NOTICES.saver
     if saver is None:
@@ -86,26 +83,6 @@ def _save_first() -> None:
     while NOTICES.saver is saver and saver.started == before and time.monotonic() < end:
         time.sleep(0.02)
     saver.wait()
-
-
-class _Backend(_TorchBackend):
-    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
-        super().on_training_start(worker_group, backend_config)
-        worker_group.execute(_on_sigterm)
-
-    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(_save_first)
-        super().on_shutdown(worker_group, backend_config)
-
-
-@dataclass
-class Torch(TorchConfig):
-    """Ray's process group, with the signals and last checkpoints of this module."""
-
-    @property
-    def backend_cls(self) -> type[_Backend]:
-        """See BackendConfig."""
-        return _Backend
 
 
 def work(config: dict[str, Any]) -> None:
