@@ -97,6 +97,17 @@ class Training:
         said, _ = self.process.communicate(timeout=900)
         return self.process.returncode, said
 
+    def well(self) -> Training:
+        """Itself, once it has ended.
+
+        Raises:
+            RuntimeError: with an error.
+        """
+        code, said = self.end()
+        if code:
+            raise RuntimeError(f"exit code {code}:\n{said}")
+        return self
+
     def attempts(self) -> list[dict[str, Any]]:
         """Lines of attempts.jsonl."""
         return _lines(next(self.storage.glob("*-*/attempts.jsonl"), None))
@@ -126,10 +137,7 @@ def ended_well(training: Training, reference: Training, within: float | None = N
     Raises:
         RuntimeError: it failed, or differs.
     """
-    code, said = training.end()
-    if code:
-        raise RuntimeError(f"exit code {code}:\n{said}")
-    if training.model() == reference.model():
+    if training.well().model() == reference.model():
         return "bit-identical"
     pairs = list(zip(training.epochs(), reference.epochs(), strict=True))
     furthest = max(abs(a["train_loss"] - b["train_loss"]) / b["train_loss"] for a, b in pairs)
@@ -140,11 +148,7 @@ def ended_well(training: Training, reference: Training, within: float | None = N
 
 def undisturbed(home: Path, name: str = "whole", *sets: str) -> Training:
     """The training that the others are compared with."""
-    training = Training(home, name, *SETS, *sets)
-    code, said = training.end()
-    if code:
-        raise RuntimeError(f"exit code {code}:\n{said}")
-    return training
+    return Training(home, name, *SETS, *sets).well()
 
 
 def worker_killed(home: Path, whole: Training, *sets: str) -> Outcome:
@@ -376,9 +380,7 @@ def soak(home: Path, epochs: int, every_s: float, data: Path) -> list[dict[str, 
                 due = time.monotonic() + every_s
             time.sleep(0.2)
         walls.append(time.monotonic() - began)
-        code, said = training.end()
-        if code:
-            raise RuntimeError(said)
+        training.well()
     killed, calm = runs
     accuracy, other = (training.epochs()[-1]["val_accuracy"] for training in runs)
     return [

@@ -5,58 +5,27 @@ Defaults live here and nowhere else. A stage receives its own section only.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-
-def _none_word(value: Any) -> Any:
-    return None if isinstance(value, str) and value.lower() in ("none", "null", "~", "") else value
-
-
-def _bits(value: Any) -> Any:
-    value = _none_word(value)
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= 8):
-        return value
-    raise ValueError("expected a whole number of bits from 2 to 8, or none for float")
-
-
-def _pair(value: Any) -> Any:
-    if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value):
-        if not 0 < value[0] <= value[1] < float("inf"):
-            raise ValueError("expected [low, high] with 0 < low <= high, both finite")
-        return tuple(float(v) for v in value)
-    raise ValueError("expected two numbers: [low, high]")
-
-
-SOURCES = ("digits", "synthetic", "folder", "images", "parquet", "webdataset")
-TORCHVISION = "torchvision:"
-
-
-def _source(value: Any) -> Any:
-    if isinstance(value, str) and (value in SOURCES or re.fullmatch(rf"{TORCHVISION}[A-Za-z]\w*", value)):
-        return value
-    raise ValueError(f"expected {', '.join(SOURCES)} or {TORCHVISION}NAME (a class of torchvision.datasets)")
-
-
-Bits = Annotated[int | None, BeforeValidator(_bits)]
-Range2 = Annotated[tuple[float, float], BeforeValidator(_pair)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-MaybeCount = Annotated[Count | None, BeforeValidator(_none_word)]
-MaybePositive = Annotated[Positive | None, BeforeValidator(_none_word)]
-MaybeSide = Annotated[Annotated[int, Field(ge=4, le=4096)] | None, BeforeValidator(_none_word)]
-SourceName = Annotated[str, BeforeValidator(_source)]
-MaybeText = Annotated[str | None, BeforeValidator(_none_word)]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from raydeep.fields import (
+    Bits,
+    Count,
+    MaybeCount,
+    MaybePositive,
+    MaybeSide,
+    MaybeText,
+    NotNegative,
+    Positive,
+    Probability,
+    Range2,
+    Section,
+    Share,
+    SourceName,
+    none_word,
+    worker_count,
+)
 
 
 class Data(Section):
@@ -126,9 +95,6 @@ class Data(Section):
         return self
 
 
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
 class Augment(Section):
     """Kornia transforms on the device, parameters drawn a sample from (seed, epoch, step).
 
@@ -157,7 +123,7 @@ class Augment(Section):
     grayscale: Probability = Field(0.0, description="Probability of losing all colour")
     blur: Probability = Field(0.0, description="Probability of a Gaussian blur, sigma 0.1 to 2 pixels")
     erasing: Probability = Field(0.0, description="Probability of erasing a box of 2 to 33% of the area")
-    policy: Annotated[Literal["trivialaugment", "randaugment", "autoaugment"] | None, BeforeValidator(_none_word)] = (
+    policy: Annotated[Literal["trivialaugment", "randaugment", "autoaugment"] | None, BeforeValidator(none_word)] = (
         Field(
             None,
             description="trivialaugment (arXiv 2103.10158), randaugment (1909.13719) or autoaugment (1805.09501, its "
@@ -277,7 +243,7 @@ class Search(Section):
     """Ray Tune over any dotted job keys; accuracy (validation) up, bytes of the packed file down."""
 
     trials: Count = 32
-    space: dict[str, list[Annotated[Any, BeforeValidator(_none_word)]]] = Field(
+    space: dict[str, list[Annotated[Any, BeforeValidator(none_word)]]] = Field(
         default_factory=lambda: dict(DEFAULT_SPACE),
         description="Dotted job key: list of choices",
     )
@@ -294,21 +260,10 @@ class Export(Section):
     batch_size: Count = Field(1, description="Batch of the latency test")
 
 
-def _workers(value: Any) -> Any:
-    if isinstance(value, list) and len(value) == 2:
-        value = tuple(value)
-    numbers = value if isinstance(value, tuple) and len(value) == 2 else (value,)
-    if all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= 4096 for n in numbers) and (
-        len(numbers) == 1 or numbers[0] <= numbers[1]
-    ):
-        return value
-    raise ValueError("expected a number of workers from 1 to 4096, or [min, max] to grow and shrink with the cluster")
-
-
 class Scaling(Section):
     """How many workers, what each gets, and how the training is spread over them. Names as in Ray's ScalingConfig."""
 
-    workers: Annotated[int | tuple[int, int], BeforeValidator(_workers)] = Field(
+    workers: Annotated[int | tuple[int, int], BeforeValidator(worker_count)] = Field(
         1, description="Training workers; [min, max]: as many as the cluster has room for, changing as it does"
     )
     workers_per_node: MaybeCount = Field(None, description="Most workers on one node; none: packed")
@@ -320,7 +275,7 @@ class Scaling(Section):
         "sharded; pipeline: each worker holds a stage, train.accumulate micro-batches flow through",
     )
     sync_batchnorm: bool = Field(False, description="ddp: BatchNorm over the global batch, not a worker's share")
-    gradient_compression: Annotated[Literal["bf16"] | None, BeforeValidator(_none_word)] = Field(
+    gradient_compression: Annotated[Literal["bf16"] | None, BeforeValidator(none_word)] = Field(
         None, description="ddp: send gradients as bfloat16"
     )
     stages: MaybeCount = Field(None, description="pipeline: stages; workers / stages replicas; none: one a worker")

@@ -7,7 +7,8 @@ from pathlib import PurePosixPath
 
 from raydeep.data.files import open_files
 from raydeep.data.sources import SUFFIXES
-from raydeep.sections import TORCHVISION, Data
+from raydeep.fields import TORCHVISION
+from raydeep.sections import Data
 
 TABLES = (".csv", ".tsv", ".jsonl")
 

@@ -19,7 +19,7 @@ from raydeep.data.tables import images, parquet
 from raydeep.data.tars import tar_files, webdataset
 from raydeep.data.vision import vision, vision_facts
 from raydeep.errors import DataError
-from raydeep.sections import TORCHVISION
+from raydeep.fields import TORCHVISION
 
 if TYPE_CHECKING:
     from raydeep.config import Data

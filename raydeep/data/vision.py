@@ -21,7 +21,7 @@ from raydeep.data.decode import flat
 from raydeep.data.files import Entry, Files, open_files
 from raydeep.data.rows import SPLITS, Picture, Row, Source, code, labels_of_list, printable
 from raydeep.errors import DataError
-from raydeep.sections import TORCHVISION
+from raydeep.fields import TORCHVISION
 
 if TYPE_CHECKING:
     from raydeep.config import Data

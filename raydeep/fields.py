@@ -1,0 +1,68 @@
+"""Types of the values in a job, and the base of its sections."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def none_word(value: Any) -> Any:
+    return None if isinstance(value, str) and value.lower() in ("none", "null", "~", "") else value
+
+
+def _bits(value: Any) -> Any:
+    value = none_word(value)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= 8):
+        return value
+    raise ValueError("expected a whole number of bits from 2 to 8, or none for float")
+
+
+def _pair(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value):
+        if not 0 < value[0] <= value[1] < float("inf"):
+            raise ValueError("expected [low, high] with 0 < low <= high, both finite")
+        return tuple(float(v) for v in value)
+    raise ValueError("expected two numbers: [low, high]")
+
+
+SOURCES = ("digits", "synthetic", "folder", "images", "parquet", "webdataset")
+TORCHVISION = "torchvision:"
+
+
+def _source(value: Any) -> Any:
+    if isinstance(value, str) and (value in SOURCES or re.fullmatch(rf"{TORCHVISION}[A-Za-z]\w*", value)):
+        return value
+    raise ValueError(f"expected {', '.join(SOURCES)} or {TORCHVISION}NAME (a class of torchvision.datasets)")
+
+
+Bits = Annotated[int | None, BeforeValidator(_bits)]
+Range2 = Annotated[tuple[float, float], BeforeValidator(_pair)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+MaybeCount = Annotated[Count | None, BeforeValidator(none_word)]
+MaybePositive = Annotated[Positive | None, BeforeValidator(none_word)]
+MaybeSide = Annotated[Annotated[int, Field(ge=4, le=4096)] | None, BeforeValidator(none_word)]
+SourceName = Annotated[str, BeforeValidator(_source)]
+MaybeText = Annotated[str | None, BeforeValidator(none_word)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def worker_count(value: Any) -> Any:
+    if isinstance(value, list) and len(value) == 2:
+        value = tuple(value)
+    numbers = value if isinstance(value, tuple) and len(value) == 2 else (value,)
+    if all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= 4096 for n in numbers) and (
+        len(numbers) == 1 or numbers[0] <= numbers[1]
+    ):
+        return value
+    raise ValueError("expected a number of workers from 1 to 4096, or [min, max] to grow and shrink with the cluster")
