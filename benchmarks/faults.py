@@ -175,15 +175,17 @@ def driver_killed(home: Path, whole: Training) -> Outcome:
     """Kill -9 of the driver, and its newest checkpoint is damaged before the resume."""
     training = Training(home, "driver-killed", *SETS)
     training.wait_step(300)
+    workers = [training.pid(0), training.pid(1)]
     training.process.kill()
     training.end()
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):  # Ray follows its driver; till then they train on
+        time.sleep(0.2)
     newest = training.folder / "checkpoints" / f"step-{training.saved()[-1]:09d}"
     with (newest / "tensors.safetensors").open("rb+") as file:
         file.seek(-1, os.SEEK_END)
         last = file.read(1)
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last[0] ^ 1]))
-    time.sleep(10)  # Ray follows its driver
     training.resume()
     weights = ended_well(training, whole)
     [note] = training.attempts()[-1]["notes"]

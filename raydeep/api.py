@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from raydeep.config import Job
 from raydeep.errors import DataError, ModelError, RaydeepError
-from raydeep.ops import datasets
+from raydeep.ops import datasets, front
 from raydeep.ops.console import Ui
-from raydeep.run import Run, read_json, read_lines, sha256_file, write_json
+from raydeep.run import Run, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
     from raydeep.compress.plan import Dense
     from raydeep.data.resident import Dataset
     from raydeep.data.shards import Manifest
-    from raydeep.deploy.verify import Candidate
     from raydeep.train.sizing import Plan
 
 
@@ -153,7 +152,7 @@ def train(job: Job, command: str, ui: Ui, resume: Run | None = None) -> Run:
     with ExitStack() as stack:
         session = open_session(stack, job, resume, command, ui)
         train_dense(session)
-    finish(session.run, session.data, [], ui)
+    front.finish(session.run, session.data, [], ui)
     return session.run
 
 
@@ -213,7 +212,7 @@ def search(job: Job, command: str, ui: Ui, start: Path | None = None, resume: Ru
                 )
             if len(ledger.rows) < total:
                 raise KeyboardInterrupt  # Ray Tune ends quietly on Ctrl-C, its front would be that of a part
-    finish(session.run, session.data, done, ui)
+    front.finish(session.run, session.data, done, ui)
     return session.run
 
 
@@ -246,152 +245,3 @@ def _take_dense(session: Session, start: Path) -> None:
     result = plan.measure(packed, session.data, session.job.train.eval_batch_size)
     tune.save_predictions(session.run.path / "trials" / "dense", result.val_predictions, result.test_predictions)
     export.write_model(session.run.model("dense"), packed)
-
-
-def finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> None:
-    """Export the front, verify it, write front.json and the report, print the table."""
-    with run.locked():
-        _finish(run, data, trials, ui)
-
-
-def _finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> None:
-    from raydeep.deploy import verify
-    from raydeep.report.page import write_report
-
-    with ui.stage("export") as stage:
-        chosen = _front(run.job, trials)
-        candidates = [_candidate(run, "dense")]
-        for i, row in enumerate(chosen):
-            stage.update(i, len(chosen), f"model t{row['trial']:03d}")
-            candidates.append(export_trial(run, row["trial"]))
-        stage.text = f"{len(chosen)} models of the front" if chosen else "the dense model"
-    with ui.stage("verify") as stage:
-        facts = verify.verify(
-            candidates, run.model("dense"), data, rounds=run.job.export.latency_rounds,
-            batch_size=run.job.export.batch_size,
-        )  # fmt: skip
-        good = [row for row in chosen if facts[f"t{row['trial']:03d}"]["verified"]]
-        bad = [f"t{row['trial']:03d}" for row in chosen if row not in good]
-        sound = len(good) + facts["dense"]["verified"]
-        stage.text = f"{sound} of {len(candidates)} predict in a clean process exactly as when scored"
-        if not facts["dense"]["verified"]:
-            bad.append("dense")
-    front: dict[str, Any] = {
-        "dense": front_row(run, "dense", None, facts["dense"]),
-        "models": [front_row(run, f"t{r['trial']:03d}", r, facts[f"t{r['trial']:03d}"]) for r in good],
-        "unverified": [{"label": label, **facts[label]} for label in bad],
-    }
-    write_json(run.path / "front.json", front)
-    report = write_report(run.path)
-    shutil.rmtree(run.path / "ray", ignore_errors=True)
-    ui.say("")
-    ui.front(front["dense"], front["models"])
-    ui.say("")
-    for label in bad:
-        ui.say(
-            f"left out: {label}: in a clean process {facts[label]['packed_differ']} predictions of the packed file and "
-            f"{facts[label]['onnx_differ']} of the ONNX file differ, of {facts[label]['rows']}"
-        )
-    if not facts["dense"]["verified"]:
-        raise RaydeepError(
-            f"{run.model('dense')}: the network does not predict the same in a clean process; does it draw random "
-            f"numbers in eval mode?"
-        )
-    if front["models"]:
-        ui.say(verdict(front))
-    ui.say(f"report     {report}")
-    ui.say(f"models     {run.path / 'models'}")
-
-
-def _front(job: Job, trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Trials on the front of validation accuracy and bytes, smallest last; at most export.max_models."""
-    from raydeep.search import pareto
-
-    points = [(-row["val_accuracy"], row["bytes"]) for row in trials]
-    return [trials[i] for i in pareto.spread(pareto.non_dominated(points), job.export.max_models)]
-
-
-def _candidate(run: Run, label: str) -> Candidate:
-    from raydeep.deploy.verify import Candidate
-    from raydeep.search import tune
-
-    found = tune.load_predictions(run.path / "trials" / label)
-    return Candidate(run.model(label), found["val"], found["test"])
-
-
-def export_trial(run: Run, trial: int) -> Candidate:
-    """Write the model folder of a trial.
-
-    Raises:
-        RaydeepError: the run has no such trial.
-    """
-    from raydeep.deploy import export
-
-    label = f"t{trial:03d}"
-    file = run.path / "trials" / label / "model.rdz"
-    if not file.is_file():
-        raise RaydeepError(f"{run.path}: no finished trial {trial} (no {file.relative_to(run.path)})")
-    rows = [row for row in read_lines(run.path / "ledger.jsonl") if row.get("trial") == trial]
-    if rows and rows[-1].get("artifact_sha256") != sha256_file(file):
-        raise RaydeepError(f"{file}: not the file that trial {trial} wrote (its sha256 differs from the ledger's)")
-    export.write_model(run.model(label), file.read_bytes())
-    return _candidate(run, label)
-
-
-def front_row(run: Run, label: str, trial: dict[str, Any] | None, facts: dict[str, Any]) -> dict[str, Any]:
-    """One row of front.json: what the search chose, and what the clean process measured."""
-    job = run.job if trial is None else run.job.with_values(trial["config"])
-    row = {
-        "label": label, "trial": None if trial is None else trial["trial"],
-        "val_accuracy": facts["val_accuracy"], "test_accuracy": facts["test_accuracy"],
-        "bytes": facts["bytes"] if trial else facts["dense_bytes"], "onnx_bytes": facts["onnx_bytes"],
-        "sparsity": trial["sparsity"] if trial else 0.0,
-        "weight_bits": job.quantize.weight_bits if trial else None,
-        "activation_bits": job.quantize.activation_bits if trial else None,
-        "distill": job.distill.enabled if trial else False,
-        **{k: facts[k] for k in (
-            "latency_ms", "latency_ratio", "latency_spread", "verified", "packed_differ", "onnx_differ", "rows",
-        )},
-    }  # fmt: skip
-    row["compression_ratio"] = facts["dense_bytes"] / row["bytes"]
-    return row
-
-
-def verdict(front: dict[str, Any]) -> str:
-    """One sentence: the smallest model that is close to the dense one on validation, with its test accuracy."""
-    from raydeep.search.pareto import smallest_close
-
-    dense = front["dense"]
-    best = smallest_close(front["models"], dense["val_accuracy"])
-    if best is None:
-        return "no model of the front is within 1 point of the dense model's validation accuracy"
-    return (
-        f"{best['label']}: {best['test_accuracy']:.2%} test accuracy (dense {dense['test_accuracy']:.2%}) in "
-        f"{best['bytes']:,} bytes: {best['compression_ratio']:.1f}× smaller, {best['latency_ratio']:.2f}× the speed"
-    )
-
-
-def export(run: Run, trial: int, ui: Ui) -> Path:
-    """Export one trial of a finished search, verified against the run's data."""
-    from raydeep.data import shards, splits
-    from raydeep.deploy import verify
-
-    dataset = Path(read_json(run.path / "provenance.json").get("dataset", {}).get("path", ""))
-    with run.locked(), ui.stage("export") as stage:
-        candidate = export_trial(run, trial)
-        data = splits.read_dataset(shards.load_manifest(dataset, check_hashes=True), run.job.data)
-        facts = verify.verify(
-            [candidate], run.model("dense"), data, rounds=run.job.export.latency_rounds,
-            batch_size=run.job.export.batch_size,
-        )[candidate.folder.name]  # fmt: skip
-        if not facts["verified"]:
-            raise RaydeepError(
-                f"{candidate.folder}: {facts['packed_differ']} packed and {facts['onnx_differ']} ONNX predictions "
-                f"of {facts['rows']} differ from the trial's; don't deploy it"
-            )
-        stage.text = (
-            f"{candidate.folder.name}: {facts['test_accuracy']:.2%} test accuracy, {facts['bytes']:,} bytes, "
-            f"{facts['latency_ratio']:.2f}× the speed of the dense model"
-        )
-    ui.say(f"model      {candidate.folder}")
-    return candidate.folder

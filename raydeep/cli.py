@@ -202,11 +202,11 @@ def export(
     trial: Annotated[int, typer.Option(min=0, help="Number of the trial (see ledger.jsonl or the report)")],
 ) -> None:
     """Export one trial of a search as a verified model folder."""
-    from raydeep import api
+    from raydeep.ops import front
     from raydeep.ops.console import Ui
     from raydeep.run import Run
 
-    api.export(Run.open(run), trial, Ui())
+    front.export(Run.open(run), trial, Ui())
 
 
 @app.command()
