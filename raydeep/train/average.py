@@ -53,6 +53,7 @@ class Average:
 
     def load(self, shadows: dict[str, torch.Tensor], updates: int) -> None:
         """Go on from a saved state."""
+        assert shadows.keys() == self.shadows.keys()
         self.updates = updates
         for name, value in shadows.items():
             self.shadows[name].copy_(value)
