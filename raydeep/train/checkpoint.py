@@ -133,16 +133,16 @@ def restore(checkpoint: Checkpoint, state: State) -> None:
         if key.startswith("optim."):
             name, _, leaf = key.removeprefix("optim.").rpartition(".")
             saved.setdefault(name, []).append(leaf)
-    for _, members in _groups(state):
+    for group, members in _groups(state):
         for name, parameter in members:
+            counts_on = parameter.device if group.get("fused") else "cpu"  # where fused kernels keep the step's number
             entry: dict[str, Any] = dict(plain["optim"].get(name, {}))
             for leaf in saved.get(name, []):
                 kind = kinds[f"optim.{name}.{leaf}"]
                 like = kind.size == parameter.shape
                 dtype = kind.properties.dtype
-                entry[leaf] = (
-                    torch.zeros_like(parameter, dtype=dtype) if like else torch.zeros(kind.size, dtype=dtype)
-                ).detach()
+                zeros = torch.zeros_like(parameter, dtype=dtype) if like else None
+                entry[leaf] = torch.zeros(kind.size, dtype=dtype, device=counts_on) if zeros is None else zeros.detach()
                 own[f"optim.{name}.{leaf}"] = entry[leaf]
             if entry:
                 entries[parameter] = entry
