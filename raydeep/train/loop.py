@@ -120,7 +120,7 @@ class _Fit:
         self.strategy = strategy or parallel.strategy(None, batches.device)
         self.control = control or Control()
         height, width, channels = batches.split.shape
-        if cfg.channels_last is True or (cfg.channels_last == "auto" and self.device.type == "cuda"):
+        if cfg.channels_last is True or (cfg.channels_last == "auto" and not self.strategy.sharded):
             model = model.to(memory_format=torch.channels_last)
         module = self.strategy.prepare(model, cfg, (channels, height, width))
         self.state = checkpoint.State(
@@ -219,6 +219,8 @@ class _Fit:
             self._obey(self.control.votes.now(Wish(failed=self.saver.error is not None)))
         if self.state.average is not None:
             self.state.average.keep()
+        if not self.strategy.sharded:  # as it came
+            self.state.module.to(memory_format=torch.contiguous_format)
 
     def _maybe_save(self, epoch: int, step: int, loss_sum: torch.Tensor) -> None:
         saver, cfg, per_epoch = self.saver, self.cfg, self.batches.steps_per_epoch
