@@ -161,6 +161,11 @@ def worker_killed(home: Path, whole: Training, *sets: str) -> Outcome:
     return Outcome("kill -9 of a worker", "Ray starts the workers anew", training.again(), weights)
 
 
+def sharded_worker_killed(home: Path, whole: Training) -> Outcome:
+    """The same where the model is sharded."""
+    return worker_killed(home, whole, "scaling.strategy=fsdp")._replace(fault="kill -9 of a worker, fsdp")
+
+
 def worker_terminated(home: Path, whole: Training) -> Outcome:
     """SIGTERM to one of two workers."""
     training = Training(home, "worker-terminated", *SETS)
@@ -347,19 +352,29 @@ def stalled(home: Path, whole: Training) -> Outcome:
     return Outcome("a worker hangs (SIGSTOP)", happened, training.again(), weights)
 
 
-def table(home: Path) -> list[Outcome]:
-    """Every fault."""
-    whole, sharded = undisturbed(home), undisturbed(home, "whole-fsdp", "scaling.strategy=fsdp")
-    longer = undisturbed(home, "whole-24", "train.epochs=24")
-    outcomes = []
-    for fault in (worker_killed, worker_terminated, driver_killed, driver_terminated, disk_full, stalled):
-        outcomes.append(fault(home, whole))
-        print(outcomes[-1], flush=True)
-    outcomes.append(worker_killed(home, sharded, "scaling.strategy=fsdp")._replace(fault="kill -9 of a worker, fsdp"))
-    outcomes += node_lost(home, longer)
-    print(outcomes[-2:], flush=True)
-    outcomes.append(node_preempted(home, longer))
-    return outcomes
+# name → what it takes: the home, and an undisturbed training with these sets
+FAULTS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "worker_killed": (worker_killed, ()),
+    "worker_terminated": (worker_terminated, ()),
+    "driver_killed": (driver_killed, ()),
+    "driver_terminated": (driver_terminated, ()),
+    "disk_full": (disk_full, ()),
+    "stalled": (stalled, ()),
+    "node_lost": (node_lost, ("train.epochs=24",)),
+    "node_preempted": (node_preempted, ("train.epochs=24",)),
+    "sharded_worker_killed": (sharded_worker_killed, ("scaling.strategy=fsdp",)),
+}
+
+
+def table(home: Path, names: list[str]) -> Iterator[Outcome]:
+    """The faults of these names, one after the other."""
+    references: dict[tuple[str, ...], Training] = {}
+    for name in names:
+        fault, sets = FAULTS[name]
+        if sets not in references:
+            references[sets] = undisturbed(home, f"whole{len(references)}", *sets)
+        found = fault(home, references[sets])
+        yield from found if isinstance(found, list) else [found]
 
 
 def soak(home: Path, epochs: int, every_s: float, data: Path) -> list[dict[str, Any]]:
@@ -398,7 +413,10 @@ def soak(home: Path, epochs: int, every_s: float, data: Path) -> list[dict[str, 
 def main() -> None:
     """Run the table, or the soak."""
     args = harness.arguments(
-        __doc__, soak={"action": "store_true", "help": "ten minutes of kills"}, epochs={"type": int, "default": 14}
+        __doc__,
+        soak={"action": "store_true", "help": "ten minutes of kills"},
+        epochs={"type": int, "default": 14},
+        only={"nargs": "+", "choices": list(FAULTS), "default": list(FAULTS), "help": "others keep their saved rows"},
     )
     home = Path(tempfile.mkdtemp(prefix="rdf", dir="/tmp"))  # short: Ray's sockets have long names
     try:
@@ -406,11 +424,14 @@ def main() -> None:
             data = harness.data_folder(args, "fashion-mnist") / "fashion-mnist"
             harness.finish("soak", soak(home, args.epochs, 60.0, data), args)
         else:
-            rows = [
-                harness.result(o.fault, o.again, "steps again", happened=o.happened, weights=o.weights)
-                for o in table(home)
-            ]
-            harness.finish("faults", rows, args)
+            saved = harness.RESULTS / "faults.json"
+            rows = json.loads(saved.read_text())["results"] if saved.exists() and args.save else []
+            for o in table(home, args.only):
+                rows = [row for row in rows if row["name"] != o.fault]
+                rows.append(
+                    harness.result(o.fault, o.again, "steps again", happened=o.happened, weights=o.weights)
+                )  # fmt: skip
+                harness.finish("faults", rows, args)
     finally:
         shutil.rmtree(home, ignore_errors=True)
 

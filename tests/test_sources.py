@@ -27,7 +27,7 @@ from PIL import Image
 
 from raydeep.data import decode, files, shards, sources
 from raydeep.errors import DataError
-from raydeep.sections import SOURCES, Data
+from raydeep.fields import SOURCES, Data
 
 RNG = np.random.default_rng(1)
 CLASSES = ["ant", "bee", "cat"]

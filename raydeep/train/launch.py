@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import threading
 import time
@@ -171,7 +170,9 @@ def train(job: Job, run: Run, data: Any, spec: dict[str, Any], on_line: OnLine |
 
     scaling = job.scaling
     workers = run.path / "workers"
-    shutil.rmtree(workers, ignore_errors=True)
+    for old in workers.glob("*"):
+        if old.suffix != ".step":  # that of the last attempt is told as what is done again
+            old.unlink()
     trainer = _trainer(workers)(
         worker.work,
         train_loop_config={"job": job.model_dump(mode="json"), "run": str(run.path), "data": data, "spec": spec},
