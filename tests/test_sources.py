@@ -27,7 +27,8 @@ from PIL import Image
 
 from raydeep.data import decode, files, shards, sources
 from raydeep.errors import DataError
-from raydeep.fields import SOURCES, Data
+from raydeep.fields import SOURCES
+from raydeep.sections import Data
 
 RNG = np.random.default_rng(1)
 CLASSES = ["ant", "bee", "cat"]
