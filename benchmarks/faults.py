@@ -230,11 +230,10 @@ def disk_full(home: Path, whole: Training) -> Outcome:
         training = Training(home, "disk/runs", *SETS, "scaling.max_failures=0")
         training.wait_step(300)
         filler = disk / "filler"
-        with filler.open("wb") as file:
+        with filler.open("wb", buffering=0) as file:  # or close would raise too
             try:
                 while True:
                     file.write(bytes(4096))
-                    file.flush()
             except OSError:
                 pass
         code, said = training.end()
