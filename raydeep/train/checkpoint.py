@@ -186,12 +186,13 @@ class Saver:
     def save(self, moment: Moment, state: State) -> None:
         """Copy the state now, write it in a thread; first waits for the one before."""
         self.wait()
-        self.started += 1
         if self.error or (self.rank and not self.sharded):
+            self.started += 1
             return
         tensors, plain = snapshot(state)
         self.thread = threading.Thread(target=self._write, args=(moment, tensors, plain), name="checkpoint")
         self.thread.start()
+        self.started += 1  # not before: who sees it may wait for the thread
 
     def busy(self) -> bool:
         """Whether one is being written."""

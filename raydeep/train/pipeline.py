@@ -18,9 +18,10 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn.parallel import DistributedDataParallel
 
 from raydeep.data.batches import Micro
+from raydeep.errors import TrainError
 from raydeep.train import stages
 from raydeep.train.losses import Loss
-from raydeep.train.parallel import Precision, Strategy, uses_bfloat16
+from raydeep.train.parallel import Precision, Strategy
 
 if TYPE_CHECKING:
     from raydeep.config import Scaling, Train
@@ -29,18 +30,20 @@ SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
 
 class _Cast(nn.Module):
-    """A stage in the precision of the training."""
+    """A stage in the precision of the training, or of the evaluation (none of its own)."""
 
-    def __init__(self, part: nn.Module, halved: bool, device: str) -> None:
+    def __init__(self, part: nn.Module, types: list[torch.dtype]) -> None:
         super().__init__()
-        self.part, self.halved, self.device = part, halved, device
+        self.part, self.types = part, types
+        self.precision: Precision = nullcontext
 
     def forward(self, *values: torch.Tensor) -> Any:
-        """Run it; what is handed on is in the type of the parameters, so that it does not depend on autocast."""
-        with torch.autocast(self.device, torch.bfloat16) if self.halved else nullcontext():
+        """Run it; what is handed on has the types of a run without autocast, which the next stage expects."""
+        with self.precision():
             out = self.part(*values)
-        kind = values[0].dtype
-        return tuple(o.to(kind) for o in out) if isinstance(out, tuple) else out.to(kind)
+        if not isinstance(out, tuple):
+            return out.to(self.types[0])
+        return tuple(o.to(kind) for o, kind in zip(out, self.types, strict=True))
 
 
 class Pipeline(Strategy):
@@ -68,14 +71,16 @@ class Pipeline(Strategy):
         part = parts[self.stage]
         self.module = part.module
         inside: nn.Module = torch.compile(part.module) if cfg.compile else part.module  # type: ignore[assignment]
-        self.wrapped = _Cast(inside, uses_bfloat16(cfg, self.device), self.device.type)
-        if self.data_world > 1 and next(part.module.parameters(), None) is not None:
+        self.wrapped = self.cast = _Cast(inside, [v.dtype for v in part.outputs])
+        if self.data_world > 1 and any(p.requires_grad for p in part.module.parameters()):
             ids = [self.device] if self.device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(self.wrapped, device_ids=ids, process_group=self.data_group)
-        kind = next(model.parameters()).dtype
-        self.logits = tuple(parts[-1].outputs[0].shape[1:]), kind
+        self.logits = tuple(parts[-1].outputs[0].shape[1:]), parts[-1].outputs[0].dtype
         shapes = [
-            tuple(torch.empty(v.shape, dtype=kind, device="meta", requires_grad=grad) for v in values)
+            tuple(
+                torch.empty(v.shape, dtype=v.dtype, device="meta", requires_grad=grad and v.is_floating_point())
+                for v in values
+            )
             for values, grad in ((part.inputs, self.stage > 0), (part.outputs, True))
         ]
         self.loss: Any = None
@@ -83,18 +88,29 @@ class Pipeline(Strategy):
         def losses(logits: torch.Tensor, micro: Micro) -> torch.Tensor:
             return self.loss(logits, micro)
 
-        def schedule(kind: str) -> Any:
+        def schedule(kind: str, loss_fn: Any) -> Any:
             stage = PipelineStage(
                 self.wrapped, self.stage, self.stages, self.device, input_args=shapes[0], output_args=shapes[1],
                 group=self.stage_group,
             )  # fmt: skip
-            return SCHEDULES[kind](stage, self.micros, loss_fn=losses, scale_grads=False)
+            return SCHEDULES[kind](stage, self.micros, loss_fn=loss_fn, scale_grads=False)
 
-        self.schedule, self.forward_only = schedule(self.kind), schedule("gpipe")
+        self.schedule, self.forward_only = schedule(self.kind, losses), schedule("gpipe", None)
         return self.module
 
     def backward(self, micros: Sequence[Micro], loss: Loss, rows: int, precision: Precision) -> torch.Tensor:
-        """See Strategy.backward; only the workers with the last stage see a loss."""
+        """See Strategy.backward; only the workers with the last stage see a loss.
+
+        Raises:
+            TrainError: the micro-batches are not all of one size, for which the stages are built.
+        """
+        sizes = [len(micro.images) for micro in micros]
+        if sizes != [self.micro] * self.micros:
+            raise TrainError(
+                f"scaling.strategy pipeline needs {self.micros} micro-batches of {self.micro} rows, found {sizes}: "
+                f"make train.batch_size a multiple of replicas × train.accumulate × 2 (mixed pairs are never cut apart)"
+            )
+        self.cast.precision = precision
         self.loss = lambda logits, micro: loss(logits, micro)[: micro.valid].sum() / rows * self.data_world
         found: list[torch.Tensor] = []
         feed: dict[str, Any] = {}
@@ -128,8 +144,10 @@ class Pipeline(Strategy):
         dist.all_reduce(bad)
         return not bool(bad)
 
+    @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """See Strategy.predict; rows that fill up the last micro-batches are cut off again."""
+        self.cast.precision = nullcontext  # as the other strategies: autocast is for training
         whole, (shape, dtype) = self.micro * self.micros, self.logits
         out = []
         for start in range(0, len(images), whole):
@@ -138,9 +156,6 @@ class Pipeline(Strategy):
             feed: dict[str, Any] = (
                 {"arg_mbs": [(part,) for part in chunk[index].split(self.micro)]} if self.stage == 0 else {}
             )
-            if self.stage == self.stages - 1:
-                feed["target_mbs"] = [None] * self.micros
-            self.loss = lambda logits, _: logits.sum()  # not used: forward only
             logits = self.forward_only.eval(**feed)
             if logits is None:
                 logits = torch.empty(whole, *shape, dtype=dtype, device=self.device)
