@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +18,11 @@ from hypothesis import strategies as st
 from test_parallel import TOLERANCE, furthest, network, train_as, weights
 from torch import multiprocessing, nn
 
-from raydeep.errors import ModelError
+from raydeep.config import Scaling, Train
+from raydeep.data.batches import Micro
+from raydeep.errors import ModelError, TrainError
 from raydeep.model import zoo
-from raydeep.train import stages
+from raydeep.train import losses, parallel, stages
 
 NETWORKS = {
     "seed": lambda: zoo.build("seed", {"width": 8}, 10, (32, 32, 3)),
@@ -132,27 +137,181 @@ def test_more_stages_than_places_are_refused():
         stages.cut(Twice(), (2, 1, 4, 4), 9)
 
 
-# more workers than two
+# more workers than two: one spawn, since each costs seconds
 
-LARGER = {
-    "three stages": ({"accumulate": 4}, {"strategy": "pipeline", "workers": 3}),
-    "two replicas of two stages": ({"accumulate": 2}, {"strategy": "pipeline", "workers": 4, "stages": 2}),
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # name → (workers, train keys, scaling keys)
+    "three stages": (3, {"accumulate": 4}, {}),
+    "two replicas of two stages": (4, {"accumulate": 2}, {"stages": 2}),
+    "two replicas, gpipe": (4, {"accumulate": 4}, {"stages": 2, "pipeline_schedule": "gpipe"}),
 }
+ROWS = (1, 8, 11)  # of predictions: a pipeline holds 8 a replica
 
 
-def worker(rank: int, folder: Path, case: str, world: int) -> None:
+def scaling(world: int, keys: dict[str, Any]) -> dict[str, Any]:
+    return {"strategy": "pipeline", "workers": world, **keys}
+
+
+def residual() -> nn.Module:
+    torch.manual_seed(0)
+    return zoo.build("resnet8", {"width": 4}, 5, (8, 8, 3)).double()
+
+
+def images(rows: int, channels: int, seed: int) -> torch.Tensor:
+    return torch.rand(rows, channels, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def micros(channels: int, seed: int, sizes: Sequence[int] = (4, 4)) -> list[Micro]:
+    return [
+        Micro(images(rows, channels, seed + i), torch.arange(rows) % 5, rows) for i, rows in enumerate(sizes)
+    ]  # fmt: skip
+
+
+def half() -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def two_by_two(rank: int) -> dict[str, Any]:
+    """What one of four workers finds: predictions around a step, whose replicas take different pictures."""
+    strategy = parallel.strategy(Scaling.model_validate(scaling(4, {"stages": 2})))
+    cfg, loss = Train(batch_size=16, accumulate=2, precision="bfloat16"), losses.cross_entropy()
+    part = strategy.prepare(residual(), cfg, (3, 8, 8))
+    found: dict[str, Any] = {"at": (strategy.data_rank, strategy.data_world)}
+    part.eval()
+    found["before"] = [strategy.predict(images(rows, 3, rows)) for rows in ROWS]
+    part.train()
+    mine = micros(3, 2 * strategy.data_rank)
+    found["loss"] = strategy.backward(mine, loss, 16, nullcontext)
+    found["gradients"] = {name: p.grad.clone() for name, p in part.named_parameters() if p.grad is not None}
+    found["finite"] = strategy.finite()
+    strategy.clip(0.01)
+    found["clipped"] = {name: p.grad.clone() for name, p in part.named_parameters() if p.grad is not None}
+    if rank == 1:
+        next(p for p in part.parameters() if p.grad is not None).grad[:] = torch.nan  # type: ignore[index]
+    found["still finite"] = strategy.finite()
+    strategy.sync_buffers()
+    part.eval()
+    found["after"] = [strategy.predict(images(rows, 3, rows)) for rows in ROWS]
+    found["state"] = {name: value.clone() for name, value in part.state_dict().items()}
+    try:
+        strategy.backward(micros(3, 0, (6, 2)), loss, 16, nullcontext)
+    except TrainError as err:
+        found["error"] = str(err)
+    return found | in_bfloat16()
+
+
+def in_bfloat16() -> dict[str, Any]:
+    """Gradients with and without autocast, and predictions after it; in float32, as autocast leaves float64 alone."""
+    strategy = parallel.strategy(Scaling.model_validate(scaling(4, {"stages": 2})))
+    part = strategy.prepare(residual().float(), Train(batch_size=16, accumulate=2, precision="bfloat16"), (3, 8, 8))
+    part.eval()  # BatchNorm stays as it is
+    gradients = []
+    for precision in (nullcontext, half):
+        part.zero_grad()
+        mine = [micro._replace(images=micro.images.float()) for micro in micros(3, 0)]
+        strategy.backward(mine, losses.cross_entropy(), 16, precision)
+        gradients.append({name: p.grad.clone() for name, p in part.named_parameters() if p.grad is not None})
+    return {"off by": furthest(*gradients), "in float32": strategy.predict(images(8, 3, 8).float())}
+
+
+def worker(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{case} rendezvous", rank=rank, world_size=world)
-    train_as("plain", *LARGER[case], folder / case)
-    dist.barrier()
-    dist.destroy_process_group()
+    for world in (4, 3):
+        if rank < world:
+            meeting = f"file://{folder}/rendezvous-{world}"
+            dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+            for name, (workers, train, keys) in LAYOUTS.items():
+                if workers == world:
+                    train_as("plain", train, scaling(world, keys), folder / name)
+            if world == 4:
+                torch.save(two_by_two(rank), folder / f"{rank}.pt")
+            dist.barrier()
+            dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("case", "world"), [("three stages", 3), ("two replicas of two stages", 4)])
-def test_more_workers_train_as_one(tmp_path, case, world):
-    train_as("plain", *LARGER[case], tmp_path / "alone")
-    multiprocessing.spawn(worker, args=(tmp_path, case, world), nprocs=world)  # type: ignore[attr-defined]
-    assert furthest(weights(tmp_path / "alone"), weights(tmp_path / case)) < TOLERANCE
-    files = list((tmp_path / case / "step-000000006").glob("*.safetensors"))
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the workers left."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    multiprocessing.spawn(worker, args=(folder,), nprocs=4)  # type: ignore[attr-defined]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(four: Path) -> list[dict[str, Any]]:
+    return [torch.load(four / f"{rank}.pt") for rank in range(4)]
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[nn.Module, float]:
+    """One process: the residual network with the gradient of the step, and its loss; BatchNorm a micro-batch."""
+    net = residual()
+    total = 0.0
+    for micro in micros(3, 0) + micros(3, 2):
+        part = losses.cross_entropy()(net(micro.images), micro).sum() / 16
+        part.backward()
+        total += part.item()
+    return net, total
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_more_workers_train_as_one(tmp_path, four, name):
+    world, train, _ = LAYOUTS[name]
+    train_as("plain", train, {}, tmp_path)
+    assert furthest(weights(tmp_path), weights(four / name)) < TOLERANCE
+    files = list((four / name / "step-000000006").glob("*.safetensors"))
     assert 1 < len(files) <= world
+
+
+def test_workers_are_replicas_of_stages(found):
+    assert [f["at"] for f in found] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    states = [f["state"].keys() for f in found]
+    assert states[:2] == states[2:]
+    assert sorted([*states[0], *states[1]]) == sorted(residual().state_dict())
+
+
+def test_a_step_has_the_gradient_and_the_loss_of_the_whole(found, whole):
+    net, loss = whole
+    assert sum(f["loss"].item() for f in found) == pytest.approx(loss, abs=1e-12)
+    assert [f["loss"].item() for f in found[::2]] == [0, 0]
+    expected = {name: p.grad for name, p in net.named_parameters()}
+    for replica in (found[:2], found[2:]):
+        assert furthest(replica[0]["gradients"] | replica[1]["gradients"], expected) < 1e-12
+
+
+def test_the_gradient_is_clipped_over_the_stages(found, whole):
+    before = torch.cat([p.grad.flatten() for p in whole[0].parameters()]).norm()
+    for f in found:
+        assert furthest(f["clipped"], {k: g * (0.01 / (before + 1e-6)) for k, g in f["gradients"].items()}) < 1e-12
+
+
+def test_one_stage_that_is_not_finite_is_heard_of_by_all(found):
+    assert [f["finite"] for f in found] == [True] * 4
+    assert [f["still finite"] for f in found] == [False] * 4
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_every_worker_predicts_as_the_whole_network(found, when):
+    net = residual().eval()
+    if when != "before":
+        net.load_state_dict(found[0]["state"] | found[1]["state"])
+        assert not torch.equal(net.bn1.running_mean, residual().bn1.running_mean)
+    for i, rows in enumerate(ROWS):
+        with torch.no_grad():
+            expected = net(images(rows, 3, rows))
+        for f in found:
+            assert f[when][i].shape == expected.shape
+            assert (f[when][i] - expected).abs().max() < 1e-12
+
+
+def test_autocast_is_for_training_only(found):
+    with torch.no_grad():
+        expected = residual().float().eval()(images(8, 3, 8).float())
+    for f in found:
+        assert 1e-4 < f["off by"] < 1
+        assert (f["in float32"] - expected).abs().max() < 1e-6
+
+
+def test_micro_batches_of_other_sizes_are_refused(found):
+    for f in found:
+        assert "needs 2 micro-batches of 4 rows, found [6, 2]: make train.batch_size a multiple" in f["error"]
