@@ -132,6 +132,99 @@ def test_a_shared_layer_stays_in_one_stage():
     assert not set(first.module.state_dict()) & set(second.module.state_dict())
 
 
+class Shared(nn.Module):
+    """The weight of the first layer is used again after the second, by another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.idle = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(nn.functional.linear(self.middle(self.first(x.flatten(1))), self.first.weight))
+
+
+def test_a_shared_weight_stays_in_one_stage_and_an_unused_one_keeps_its_name():
+    first, second = (set(part.module.state_dict()) for part in stages.cut(Shared(), (2, 1, 4, 4), 2))
+    assert not first & second
+    assert first | second == set(Shared().state_dict())
+
+
+def test_a_layer_under_two_names_is_not_cut_apart():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    net[3].weight = net[1].weight
+    with pytest.raises(ModelError, match="can be cut in 0 places"):
+        stages.cut(net, (2, 1, 4, 4), 2)
+
+
+class Noisy(nn.Module):
+    """A block whose traced form would depend on the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(self.layer(x), 0.5, self.training)
+
+
+def test_what_differs_between_training_and_evaluation_follows_the_mode():
+    depth = torchvision.ops.StochasticDepth(0.5, "row")
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), depth, Noisy(), nn.Linear(16, 3))
+    first, second = (part.module for part in stages.cut(net, (64, 1, 4, 4), 2))
+    x = torch.rand(64, 1, 4, 4)
+    assert not torch.equal(second(first(x)), second(first(x)))
+    for module in (net, first, second):
+        module.eval()
+    assert torch.equal(second(first(x)), net(x))
+
+
+class Unruly(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(nn.functional.dropout(self.layer(x.flatten(1)), 0.5, self.training))
+
+
+def test_a_network_that_itself_differs_between_the_modes_is_refused():
+    net = Unruly().eval()
+    with pytest.raises(ModelError, match="dropout is not the same in training and evaluation"):
+        stages.cut(net, (2, 1, 4, 4), 2)
+    assert not any(module.training for module in net.modules())
+
+
+class Streams(nn.Module):
+    """Two streams: a single tensor crosses at the ends only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.one, self.other = (nn.ModuleList(nn.Linear(16, 16) for _ in range(4)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = y = self.first(x.flatten(1))
+        for one, other in zip(self.one, self.other, strict=True):
+            x, y = one(x) + y, other(y)
+        return x * y
+
+
+def test_more_than_a_tensor_crosses_where_the_stages_need_it():
+    parts = stages.cut(Streams(), (2, 1, 4, 4), 4)
+    assert max(len(part.outputs) for part in parts) == 2
+    assert all(next(part.module.parameters(), None) is not None for part in parts)
+
+
+@pytest.mark.parametrize("names", [["1"], ["4"]])
+def test_a_stage_without_parameters_is_refused(names):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3), nn.ReLU())
+    with pytest.raises(ModelError, match="a stage would have no parameters to train"):
+        stages.cut(net, (2, 1, 4, 4), 2, names)
+    parts = stages.cut(net, (2, 1, 4, 4), 2)
+    assert all(list(part.module.parameters()) for part in parts)
+
+
 def test_more_stages_than_places_are_refused():
     with pytest.raises(ModelError, match=r"scaling.stages 9: the network can be cut in \d places"):
         stages.cut(Twice(), (2, 1, 4, 4), 9)

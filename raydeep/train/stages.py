@@ -42,12 +42,17 @@ def cut(model: nn.Module, images: tuple[int, int, int, int], stages: int, names:
     graph = _trace(model)
     measured = _Measure(graph, model, images)
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-    places = _places(graph, nodes, measured)
+    places = _places(nodes, measured, 0 if names else stages - 1)
     if names:
         cuts = [_named(name, nodes, places, model) for name in names]
         if cuts != sorted(set(cuts)):
             raise ModelError(f"scaling.cut_points {', '.join(names)}: not in the order in which the network runs")
+        if _with_parameters(nodes, cuts, model) != cuts:
+            raise ModelError(f"scaling.cut_points {', '.join(names)}: a stage would have no parameters to train")
     else:
+        places = _with_parameters(nodes, places, model)
+        if len(places) < stages - 1:  # some hold nothing
+            places = _with_parameters(nodes, _places(nodes, measured, len(nodes)), model)
         if len(places) < stages - 1:
             raise ModelError(
                 f"scaling.stages {stages}: the network can be cut in {len(places)} places, into at most "
@@ -57,9 +62,9 @@ def cut(model: nn.Module, images: tuple[int, int, int, int], stages: int, names:
         costs = [sum(measured.cost[n] for n in nodes[a:b]) for a, b in pairwise(edges)]
         cuts = [places[i - 1] for i in balance(costs, stages)]
     edges = [0, *cuts, len(nodes)]
-    return [
-        _part(model, graph, nodes, start, stop, measured) for start, stop in pairwise(edges)
-    ]  # fmt: skip
+    parts = [_part(model, graph, nodes, start, stop, measured) for start, stop in pairwise(edges)]
+    _keep_unused(model, parts)
+    return parts
 
 
 def balance(costs: Sequence[float], parts: int) -> list[int]:
@@ -88,21 +93,50 @@ def balance(costs: Sequence[float], parts: int) -> list[int]:
     return cuts[::-1][1:]
 
 
+class _Tracer(fx.Tracer):
+    """Leaves whole what is traced wrongly: modules without children, and those that depend on the mode."""
+
+    def __init__(self, whole: set[str]) -> None:
+        super().__init__()
+        self.wholes = whole
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """See fx.Tracer."""
+        lone = next(m.children(), None) is None
+        return lone or module_qualified_name in self.wholes or super().is_leaf_module(m, module_qualified_name)
+
+
 def _trace(model: nn.Module) -> fx.Graph:
-    try:
-        graph = fx.Tracer().trace(model)
-    except Exception as err:  # whatever the user's code does with a proxy
-        raise ModelError(
-            f"scaling.strategy pipeline: the network can't be traced, so not be cut ({type(err).__name__}: "
-            f"{str(err).splitlines()[0] if str(err) else ''}); use scaling.strategy ddp or fsdp"
-        ) from err
-    for node in graph.nodes:
-        if node.op == "call_function" and getattr(node.target, "__name__", "").endswith("dropout"):
+    """The graph, the same in training and evaluation (`self.training` would stay as traced)."""
+    was, whole = {module: module.training for module in model.modules()}, set[str]()
+    while True:
+        graphs = []
+        try:
+            for mode in (True, False):
+                model.train(mode)
+                graphs.append(_Tracer(whole).trace(model))
+        except Exception as err:  # whatever the user's code does with a proxy
             raise ModelError(
-                f"scaling.strategy pipeline: {node.name} is a function, which would stay as traced in evaluation; use "
-                f"the module nn.Dropout, or scaling.strategy ddp or fsdp"
+                f"scaling.strategy pipeline: the network can't be traced, so not be cut ({type(err).__name__}: "
+                f"{str(err).splitlines()[0] if str(err) else ''}); use scaling.strategy ddp or fsdp"
+            ) from err
+        finally:
+            for module, training in was.items():
+                module.training = training
+        other = next((a for a, b in zip(*(g.nodes for g in graphs), strict=False) if _call(a) != _call(b)), None)
+        if other is None:
+            return graphs[0]
+        stack = [name for name, _ in (other.meta.get("nn_module_stack") or {}).values() if name]
+        if not stack or stack[-1] in whole:
+            raise ModelError(
+                f"scaling.strategy pipeline: {other.name} is not the same in training and evaluation; put it into a "
+                f"module of its own (nn.Dropout for dropout), or use scaling.strategy ddp or fsdp"
             )
-    return graph
+        whole.add(stack[-1])
+
+
+def _call(node: fx.Node) -> tuple[Any, ...]:
+    return node.op, node.target, str(node.args), str(node.kwargs)
 
 
 class _Measure(fx.Interpreter):
@@ -110,6 +144,7 @@ class _Measure(fx.Interpreter):
 
     def __init__(self, graph: fx.Graph, model: nn.Module, images: tuple[int, int, int, int]) -> None:
         super().__init__(fx.GraphModule(model, graph))
+        self.model = model
         self.cost: dict[fx.Node, float] = {}
         self.value: dict[fx.Node, Any] = {}
         self.by_name = {node.name: node for node in graph.nodes}
@@ -146,12 +181,12 @@ def _ancestors(nodes: list[fx.Node]) -> list[fx.Node]:
     return [n for n in nodes[0].graph.nodes if n.op != "output"]
 
 
-def _places(graph: fx.Graph, nodes: list[fx.Node], measured: _Measure) -> list[int]:
+def _places(nodes: list[fx.Node], measured: _Measure, least: int) -> list[int]:
     """Where the graph can be cut: only tensors cross, one if that gives places enough; nothing shared is torn apart."""
-    uses: dict[str, list[int]] = {}
+    uses: dict[int, list[int]] = {}
     for i, node in enumerate(nodes):
-        if node.op in ("call_module", "get_attr"):
-            uses.setdefault(str(node.target), []).append(i)
+        for value in _tensors(node, measured.model):
+            uses.setdefault(id(value), []).append(i)
     held = [(min(u), max(u)) for u in uses.values() if len(u) > 1]
     found: dict[int, list[int]] = {}
     for place in range(1, len(nodes)):
@@ -160,7 +195,34 @@ def _places(graph: fx.Graph, nodes: list[fx.Node], measured: _Measure) -> list[i
             continue
         if all(isinstance(measured.value[n], FakeTensor) for n in crossing) and 0 < len(crossing) <= MOST_CROSSING:
             found.setdefault(len(crossing), []).append(place)
-    return found.get(1) or sorted(place for places in found.values() for place in places)
+    one = found.get(1, [])
+    return one if len(one) >= least else sorted(place for places in found.values() for place in places)
+
+
+def _tensors(node: fx.Node, model: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers that a node uses, by whatever name."""
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        return [*module.parameters(), *module.buffers()]
+    if node.op != "get_attr":
+        return []
+    parent, _, name = str(node.target).rpartition(".")
+    return [getattr(model.get_submodule(parent), name)]
+
+
+def _with_parameters(nodes: list[fx.Node], places: list[int], model: nn.Module) -> list[int]:
+    """The places that leave no stage without parameters, as nothing could be trained there."""
+
+    def holds(start: int, stop: int) -> bool:
+        return any(isinstance(t, nn.Parameter) for node in nodes[start:stop] for t in _tensors(node, model))
+
+    kept = [0]
+    for place in places:
+        if holds(kept[-1], place):
+            kept.append(place)
+    while len(kept) > 1 and not holds(kept[-1], len(nodes)):
+        kept.pop()
+    return kept[1:]
 
 
 def _named(name: str, nodes: list[fx.Node], places: list[int], model: nn.Module) -> int:
@@ -196,3 +258,20 @@ def _part(
         module, [measured.value[n] for n in entering], [measured.value[n] for n in leaving],
         sum(measured.cost[n] for n in nodes[start:stop]),
     )  # fmt: skip
+
+
+def _keep_unused(model: nn.Module, parts: list[Part]) -> None:
+    """Give the last part what no node uses, so that checkpoints have every name."""
+    have = {name for part in parts for name in part.module.state_dict()}
+    last = parts[-1].module
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name not in have:
+            path, _, leaf = name.rpartition(".")
+            try:
+                owner = last.get_submodule(path)
+            except AttributeError:
+                last.add_submodule(path, owner := nn.Module())
+            if isinstance(value, nn.Parameter):
+                owner.register_parameter(leaf, value)
+            else:
+                owner.register_buffer(leaf, value)
