@@ -178,7 +178,7 @@ class Saver:
         self.folder, self.sharded, self.keep = folder, sharded, keep
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         several = sharded and dist.is_initialized() and dist.get_world_size() > 1
-        self.group = dist.new_group(backend="gloo") if several else None
+        self.group: Any = dist.new_group(backend="gloo") if several else None
         self.thread: threading.Thread | None = None
         self.error: str | None = None
         self.started = 0  # checkpoints begun
@@ -200,13 +200,15 @@ class Saver:
 
     def wait(self) -> None:
         """Until nothing is being written."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+        if (thread := self.thread) is not None:
+            thread.join()
+            if self.thread is thread:  # another one may have begun: this is called from two threads
+                self.thread = None
 
     def _write(self, moment: Moment, tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
         final = self.folder / f"step-{moment.global_step:09d}"
         aside = self.folder / f".{final.name}.part"
+        error: str | None = None
         try:
             if self.sharded:
                 writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
@@ -214,11 +216,20 @@ class Saver:
             else:
                 aside.mkdir(parents=True, exist_ok=True)
                 write_bytes(aside / "tensors.safetensors", save_tensors(tensors))
-            if self.rank == 0:
-                self._commit(final, aside, moment, plain)
+            try:
+                if self.rank == 0:
+                    self._commit(final, aside, moment, plain)
+            except Exception as err:
+                error = self._explain(err)
+            if self.group is not None:  # every worker must know, or the others save alone next time
+                box = [error]
+                dist.broadcast_object_list(box, src=0, group=self.group)
+                error = box[0]
         except Exception as err:
+            error = self._explain(err)
+        if error:
             shutil.rmtree(aside, ignore_errors=True)
-            self.error = self._explain(err)
+            self.error = error
 
     def _commit(self, final: Path, aside: Path, moment: Moment, plain: dict[str, Any]) -> None:
         files = sorted(aside.glob("*.safetensors"))

@@ -140,9 +140,11 @@ class Watch:
     def _stalled(self) -> None:
         frame = sys._current_frames().get(self.thread_id)
         stack = traceback.format_stack(frame) if frame is not None else []
-        write_json(self.folder / f"rank-{self.rank}.json", {**self._where(), "stack": stack})
+        with suppress(OSError):
+            write_json(self.folder / f"rank-{self.rank}.json", {**self._where(), "stack": stack})
         time.sleep(3 * min(BEAT_S, self.timeout_s / 4))  # for the others to write theirs
-        write_json(self.folder / "stalled.json", {"timeout_s": self.timeout_s, "workers": whereabouts(self.folder)})
+        with suppress(OSError):
+            write_json(self.folder / "stalled.json", {"timeout_s": self.timeout_s, "workers": whereabouts(self.folder)})
         self.end(75)
 
 

@@ -6,6 +6,7 @@ the model is spread over workers is a strategy (parallel.py).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -96,6 +97,7 @@ def fit(
             run.save(checkpoint.Moment(
                 epoch + 1, 0, 0.0, metrics["step"], batches.steps_per_epoch, metrics.get("val_accuracy")
             ))  # fmt: skip
+            run.leave()
     run.finish()
     return history
 
@@ -127,6 +129,7 @@ class _Fit:
             module, make_optimizer(module, cfg, lr), Average(module, cfg.ema) if cfg.ema else None
         )
         self.saved_at = time.monotonic()
+        self.leaving = (False, False)  # any worker is told to go; this one is
         self.bfloat16 = parallel.uses_bfloat16(cfg, self.device)
 
     def resume(self, before: checkpoint.Checkpoint | None) -> None:
@@ -179,6 +182,7 @@ class _Fit:
             self._maybe_save(epoch, step, loss_sum)
             self.control.at("waits for a batch")
         mean_loss = parallel.all_sum(loss_sum).item() / per_epoch  # waits for the device
+        self._check_sum(mean_loss, epoch)
         train_s = time.perf_counter() - start
         done = sum(batches.step_rows(s) for s in range(first, per_epoch))
         return {
@@ -234,10 +238,19 @@ class _Fit:
         due = bool(cfg.checkpoint_steps) and step % (cfg.checkpoint_steps or 1) == 0
         if (due or wanted.save or wanted.leave) and inside < per_epoch:
             so_far = parallel.all_sum(loss_sum.clone()).item()
+            self._check_sum(so_far, epoch)
             self.save(checkpoint.Moment(epoch, inside, so_far, step, per_epoch))
-        if wanted.leave:
-            saver.wait()
-            self._obey(self.control.votes.now(Wish(leave=wish.leave, failed=saver.error is not None)), wish.leave)
+        self.leaving = (wanted.leave, wish.leave)
+        if inside < per_epoch:  # else the checkpoint of the epoch's end comes first
+            self.leave()
+
+    def leave(self) -> None:
+        """Go after a checkpoint, if told to; every worker calls it at the same moment."""
+        asked, mine = self.leaving
+        if asked and self.saver is not None:
+            self.leaving = (False, False)
+            self.saver.wait()
+            self._obey(self.control.votes.now(Wish(leave=mine, failed=self.saver.error is not None)), mine)
 
     def _obey(self, wanted: Wish, mine: bool = False) -> None:
         if wanted.failed:
@@ -250,6 +263,14 @@ class _Fit:
         if self.bfloat16:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
+
+    def _check_sum(self, value: float, epoch: int) -> None:
+        """On a GPU, between the looks at the gradient: nothing that is not finite is saved."""
+        if not math.isfinite(value):  # the same on every worker
+            raise TrainError(
+                f"the loss is not finite in epoch {epoch + 1}: lower the learning rate (now {self.lr:g}: train.lr), set "
+                f"train.clip_norm (now {self.cfg.clip_norm}), or set train.precision float32"
+            )
 
     def _check_finite(self, part: torch.Tensor, epoch: int, step: int) -> None:
         if (self.device.type == "cuda" and step % GPU_CHECK_EVERY) or self.strategy.finite():

@@ -162,11 +162,13 @@ class _SyncBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         axes = [0, *range(2, input.dim())]
-        sums = torch.stack([input.sum(axes), (input * input).sum(axes)])
-        count = torch.full((), input.numel() // input.shape[1], dtype=input.dtype, device=input.device)
+        x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+        wide = x.double()  # a difference of squares: float32 would cancel
+        sums = torch.stack([wide.sum(axes), (wide * wide).sum(axes)])
+        count = torch.full((), input.numel() // input.shape[1], dtype=sums.dtype, device=input.device)
         dist.all_reduce(count)
         mean, square = _AllSum.apply(sums) / count
-        var = square - mean * mean
+        var = (square - mean * mean).clamp(min=0)
         if self.track_running_stats and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked += 1
@@ -175,8 +177,9 @@ class _SyncBatchNorm(nn.BatchNorm2d):
                 unbiased = var * (count / (count - 1).clamp(min=1))
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)  # type: ignore[union-attr]
         shape = [1, -1, *[1] * (input.dim() - 2)]
-        out = (input - mean.view(shape)) * torch.rsqrt(var + self.eps).view(shape)
-        return out if self.weight is None else out * self.weight.view(shape) + self.bias.view(shape)
+        out = (x - mean.to(x.dtype).view(shape)) * torch.rsqrt(var + self.eps).to(x.dtype).view(shape)
+        out = out if self.weight is None else out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(input.dtype)
 
 
 def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:

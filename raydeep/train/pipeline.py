@@ -42,8 +42,8 @@ class _Cast(nn.Module):
         with self.precision():
             out = self.part(*values)
         if not isinstance(out, tuple):
-            return out.to(self.types[0])
-        return tuple(o.to(kind) for o, kind in zip(out, self.types, strict=True))
+            return out.to(self.types[0]).contiguous()  # it is sent
+        return tuple(o.to(kind).contiguous() for o, kind in zip(out, self.types, strict=True))
 
 
 class Pipeline(Strategy):
