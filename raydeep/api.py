@@ -158,8 +158,12 @@ def train(job: Job, command: str, ui: Ui, resume: Run | None = None) -> Run:
 
 def compress(job: Job, command: str, ui: Ui, start: Path | None = None, resume: Run | None = None) -> Run:
     """Compress once, as the prune, quantize, distill and recover sections say: a search of one trial."""
-    alone = job.model_copy(update={"search": job.search.model_copy(update={"space": {}, "trials": 1})})
-    return search(alone, command, ui, start=start, resume=resume)
+    return search(one_trial(job), command, ui, start=start, resume=resume)
+
+
+def one_trial(job: Job) -> Job:
+    """The job of a search that tries the job's own values only."""
+    return job.model_copy(update={"search": job.search.model_copy(update={"space": {}, "trials": 1})})
 
 
 def search(job: Job, command: str, ui: Ui, start: Path | None = None, resume: Run | None = None) -> Run:

@@ -77,7 +77,10 @@ def _run_stage(
         assert run is not None
         resolved = parse_sets(run.job.model_dump(mode="json"), sets or [], "--set")
     if run is not None:
-        run.take(resolved, force)
+        if stage == "compress":
+            resolved = api.one_trial(resolved)  # as its run holds it
+        with run.locked():
+            run.take(resolved, force)
         resolved = run.job
     try:
         if stage == "train":

@@ -97,6 +97,15 @@ class Job(Section):
                     f"train.accumulate {train.accumulate} micro-batches can't fill a pipeline of "
                     f"{scaling.pipeline_stages} stages; raise it to {scaling.pipeline_stages} or more (4 × is usual)"
                 )
+            rows, pairs = train.batch_size // least, self.augment.mixup > 0 or self.augment.cutmix > 0
+            if rows < 2 or (pairs and rows % 2):
+                even = ", an even number with mixup or cutmix" if pairs else ""
+                raise ValueError(
+                    f"scaling.strategy pipeline: train.batch_size {train.batch_size} makes micro-batches of {rows} "
+                    f"rows; they must have 2 or more{even}: raise it, or lower train.accumulate"
+                )
+        if scaling.strategy == "fsdp" and train.channels_last is True:
+            raise ValueError("train.channels_last true needs scaling.strategy ddp: fsdp wants contiguous parameters")
         if train.optimizer == "muon" and scaling.strategy != "ddp":
             raise ValueError(
                 f"train.optimizer muon needs the whole network on a worker: use scaling.strategy ddp, or adamw with "

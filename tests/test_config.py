@@ -139,6 +139,18 @@ def test_an_unknown_key_names_the_nearest_and_the_valid_ones(write, text, neares
             "(now 128) a multiple of replicas × train.accumulate = 3",
         ),
         (
+            "scaling: {strategy: pipeline, workers: 2}\ntrain: {accumulate: 4, batch_size: 4}",
+            "scaling.strategy pipeline: train.batch_size 4 makes micro-batches of 1 rows; they must have 2 or more: raise",
+        ),
+        (
+            "scaling: {strategy: pipeline, workers: 2}\ntrain: {accumulate: 4, batch_size: 12}\naugment: {mixup: 0.2}",
+            "scaling.strategy pipeline: train.batch_size 12 makes micro-batches of 3 rows; they must have 2 or more, an even",
+        ),
+        (
+            "scaling: {strategy: fsdp}\ntrain: {channels_last: true}",
+            "train.channels_last true needs scaling.strategy ddp",
+        ),
+        (
             "scaling: {strategy: fsdp}\ntrain: {optimizer: muon}",
             "train.optimizer muon needs the whole network on a worker: use scaling.strategy ddp",
         ),

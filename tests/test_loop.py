@@ -373,7 +373,7 @@ def test_a_harmed_checkpoint_is_passed_over_with_a_word(saved, name, harm, word)
     assert word in said[0]
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"format": 2, "moment": {"epoch": "x"}}', "null", '{"format": 1}'])
+@pytest.mark.parametrize("text", ["[]", "{}", '{"format": 3, "moment": {"epoch": "x"}}', "null", '{"format": 1}'])
 def test_a_state_that_is_none_is_passed_over(saved, text):
     (saved / "step-000000020" / "state.json").write_text(text)
     found = checkpoint.latest(saved)
@@ -401,6 +401,29 @@ def test_a_checkpoint_of_another_number_of_steps_is_refused(saved, pixels):
 def test_a_checkpoint_of_another_network_is_refused(saved, pixels):
     with pytest.raises(TrainError, match=r"of another network or training, it has no model\.1\."):
         fit(noisy_network(), CROSS_ENTROPY, batches(pixels), CFG, resume=checkpoint.latest(saved))
+
+
+def test_another_optimizer_does_not_go_on(saved, pixels):
+    cfg = CFG.model_copy(update={"optimizer": "adamw"})
+    with pytest.raises(TrainError, match=r"trained with SGD, now AdamW: train.optimizer can't change"):
+        fit(network(), CROSS_ENTROPY, batches(pixels), cfg, resume=checkpoint.latest(saved))
+
+
+def test_settings_of_the_optimizer_are_the_jobs(saved):
+    model = network()
+    optimizer = make_optimizer(model, CFG.model_copy(update={"weight_decay": 0.25}), 0.1)
+    found = checkpoint.latest(saved)
+    assert found is not None
+    checkpoint.restore(found, checkpoint.State(model, optimizer))
+    assert optimizer.param_groups[0]["weight_decay"] == 0.25
+
+
+def test_a_worker_told_to_leave_at_an_epochs_last_step_leaves_its_checkpoint(tmp_path, pixels):
+    asked = iter([Wish()] * 4)
+    control, keeper = Control(wishes=lambda: next(asked, Wish(leave=True))), Keeper(tmp_path)
+    with pytest.raises(SystemExit):
+        fit(network(), CROSS_ENTROPY, batches(pixels), CFG, epochs=2, saver=keeper, control=control)
+    assert [moment.global_step for moment in keeper.moments] == [5]
 
 
 def test_no_checkpoint_is_none(tmp_path):

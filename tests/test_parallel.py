@@ -184,6 +184,20 @@ def test_networks_are_sharded_by_block(name, count):
     assert len(fsdp.blocks(net)) == count
 
 
+@pytest.mark.parametrize("mean", [3.0, 3000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batchnorm_over_workers_bears_large_means(mean, dtype):
+    """One worker of one: torch's own result."""
+    torch.manual_seed(0)
+    theirs = nn.BatchNorm2d(4)
+    mine = parallel.sync_batchnorm(nn.Sequential(nn.BatchNorm2d(4)), torch.device("cpu"))
+    x = (torch.randn(16, 4, 5, 5) + mean).to(dtype)
+    found, wanted = mine(x), theirs(x.float())
+    assert found.dtype == dtype
+    assert (found.float() - wanted).abs().max() < (0.02 if dtype == torch.bfloat16 else 1e-3)
+    assert torch.allclose(mine[0].running_var, theirs.running_var, rtol=1e-3)
+
+
 def test_a_networks_batchnorm_is_replaced_under_the_same_names():
     net = network("norms")
     keys = list(net.state_dict())

@@ -27,7 +27,7 @@ from raydeep.errors import RaydeepError, TrainError
 from raydeep.run import read_json, sha256_file, write_bytes, write_json
 from raydeep.train.average import Average
 
-FORMAT = 2
+FORMAT = 3
 PATTERN = "step-*"
 
 
@@ -102,29 +102,32 @@ def snapshot(state: State) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Copies of all tensors by name (`model.…`, `optim.PARAMETER.KEY`, `ema.…`), and the rest as plain values."""
     tensors = {f"model.{k}": _copy(v) for k, v in state.module.state_dict().items()}
     values: dict[str, dict[str, Any]] = {}
-    groups = []
-    for group, members in _groups(state):
-        groups.append({k: v for k, v in group.items() if _plain(v)} | {"names": [name for name, _ in members]})
+    for _, members in _groups(state):
         for name, parameter in members:
             for key, value in state.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
                     tensors[f"optim.{name}.{key}"] = _copy(value)
                 else:
                     values.setdefault(name, {})[key] = value
-    plain: dict[str, Any] = {"groups": groups, "optim": values}
+    plain: dict[str, Any] = {"optimizer": type(state.optimizer).__name__, "optim": values}
     if state.average is not None:
         tensors |= {f"ema.{k}": _copy(v) for k, v in state.average.state().items()}
         plain["ema_updates"] = state.average.updates
     return tensors, plain
 
 
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
 def restore(checkpoint: Checkpoint, state: State) -> None:
-    """Bring this worker's part to where it was, from a checkpoint of any number of workers and any strategy."""
+    """Bring this worker's part to where it was, from a checkpoint of any number of workers and any strategy.
+
+    Settings of the optimizer (weight decay, momentum) are the job's, not the checkpoint's.
+    """
     path, plain = checkpoint.path, checkpoint.state
+    own_kind = type(state.optimizer).__name__
+    if plain["optimizer"] != own_kind:
+        raise TrainError(
+            f"{path}: trained with {plain['optimizer']}, now {own_kind}: train.optimizer can't change on the way; start a "
+            f"new run"
+        )
     kinds = _kinds(path)
     own: dict[str, torch.Tensor] = {f"model.{k}": v for k, v in state.module.state_dict().items()}
     entries: dict[nn.Parameter, dict[str, Any]] = {}
@@ -157,8 +160,6 @@ def restore(checkpoint: Checkpoint, state: State) -> None:
     state.module.load_state_dict({k.removeprefix("model."): v for k, v in own.items() if k.startswith("model.")})
     for parameter, entry in entries.items():
         state.optimizer.state[parameter] = entry
-    for group, before in zip(state.optimizer.param_groups, plain["groups"], strict=False):
-        group.update({k: v for k, v in before.items() if k not in ("names", "params", "fused", "foreach")})
     if state.average is not None and "ema_updates" in plain:
         found = {k.removeprefix("ema."): v for k, v in own.items() if k.startswith("ema.")}
         state.average.load(found, plain["ema_updates"])

@@ -60,6 +60,12 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
             usable_cores(), scaling.min_workers, scaling.cpus_per_worker, search.concurrent, gpus=gpus,
             use_gpu=scaling.use_gpu,
         )  # fmt: skip
+        most = scaling.workers_per_node
+        if most is not None and scaling.min_workers > most:
+            raise ResourceError(
+                f"scaling.workers_per_node {most}: this machine is one node, scaling.workers {scaling.min_workers} do not "
+                f"fit; lower workers, raise workers_per_node, or set RAY_ADDRESS"
+            )
     import ray
 
     restore = _quiet(log)

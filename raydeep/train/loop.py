@@ -141,7 +141,13 @@ class _Fit:
                 f"the checkpoint is of a training of {before.moment.steps_per_epoch} steps an epoch, this one has "
                 f"{self.batches.steps_per_epoch}: the data or train.batch_size changed since; start a new run"
             )
-        checkpoint.restore(before, self.state)
+        error = None
+        try:
+            checkpoint.restore(before, self.state)
+        except TrainError as err:
+            error = str(err)
+        if told := [e for e in self.control.votes.gather(error) if e]:  # one stage alone may miss something
+            raise TrainError(told[0])
 
     def epoch(
         self, epoch: int, epochs: int, first: int, loss_before: float, on_step: Callable[[int, int], None] | None
@@ -268,8 +274,8 @@ class _Fit:
         """On a GPU, between the looks at the gradient: nothing that is not finite is saved."""
         if not math.isfinite(value):  # the same on every worker
             raise TrainError(
-                f"the loss is not finite in epoch {epoch + 1}: lower the learning rate (now {self.lr:g}: train.lr), set "
-                f"train.clip_norm (now {self.cfg.clip_norm}), or set train.precision float32"
+                f"the loss is not finite in epoch {epoch + 1}: lower the learning rate (now {self.lr:g}: train.lr), "
+                f"set train.clip_norm (now {self.cfg.clip_norm}), or set train.precision float32"
             )
 
     def _check_finite(self, part: torch.Tensor, epoch: int, step: int) -> None:

@@ -166,7 +166,7 @@ class _SyncBatchNorm(nn.BatchNorm2d):
         wide = x.double()  # a difference of squares: float32 would cancel
         sums = torch.stack([wide.sum(axes), (wide * wide).sum(axes)])
         count = torch.full((), input.numel() // input.shape[1], dtype=sums.dtype, device=input.device)
-        dist.all_reduce(count)
+        all_sum(count)
         mean, square = _AllSum.apply(sums) / count
         var = (square - mean * mean).clamp(min=0)
         if self.track_running_stats and self.num_batches_tracked is not None:
