@@ -125,8 +125,8 @@ def restore(checkpoint: Checkpoint, state: State) -> None:
     own_kind = type(state.optimizer).__name__
     if plain["optimizer"] != own_kind:
         raise TrainError(
-            f"{path}: trained with {plain['optimizer']}, now {own_kind}: train.optimizer can't change on the way; start a "
-            f"new run"
+            f"{path}: trained with {plain['optimizer']}, now {own_kind}: train.optimizer can't change on the way; "
+            f"start a new run"
         )
     kinds = _kinds(path)
     own: dict[str, torch.Tensor] = {f"model.{k}": v for k, v in state.module.state_dict().items()}

@@ -63,8 +63,8 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
         most = scaling.workers_per_node
         if most is not None and scaling.min_workers > most:
             raise ResourceError(
-                f"scaling.workers_per_node {most}: this machine is one node, scaling.workers {scaling.min_workers} do not "
-                f"fit; lower workers, raise workers_per_node, or set RAY_ADDRESS"
+                f"scaling.workers_per_node {most}: this machine is one node, scaling.workers {scaling.min_workers} do "
+                f"not fit; lower workers, raise workers_per_node, or set RAY_ADDRESS"
             )
     import ray
 
