@@ -151,29 +151,32 @@ def undisturbed(home: Path, name: str = "whole", *sets: str) -> Training:
     return Training(home, name, *SETS, *sets).well()
 
 
-def worker_killed(home: Path, whole: Training, *sets: str) -> Outcome:
-    """Kill -9 of one of two workers."""
-    training = Training(home, f"worker-killed{len(sets)}", *SETS, *sets)
+def signalled(home: Path, whole: Training, name: str, rank: int, kind: signal.Signals, *sets: str) -> tuple[int, str]:
+    """A worker of two gets a signal; the steps that were done again, and the weights."""
+    training = Training(home, name, *SETS, *sets)
     training.wait_step(300)
-    os.kill(training.pid(1), signal.SIGKILL)
+    os.kill(training.pid(rank), kind)
     training.wait(lambda: len(training.attempts()) == 2, "another attempt")
     weights = ended_well(training, whole)
-    return Outcome("kill -9 of a worker", "Ray starts the workers anew", training.again(), weights)
+    return training.again(), weights
+
+
+def worker_killed(home: Path, whole: Training) -> Outcome:
+    """Kill -9 of one of two workers."""
+    found = signalled(home, whole, "worker-killed", 1, signal.SIGKILL)
+    return Outcome("kill -9 of a worker", "Ray starts the workers anew", *found)
 
 
 def sharded_worker_killed(home: Path, whole: Training) -> Outcome:
     """The same where the model is sharded."""
-    return worker_killed(home, whole, "scaling.strategy=fsdp")._replace(fault="kill -9 of a worker, fsdp")
+    found = signalled(home, whole, "sharded-killed", 1, signal.SIGKILL, "scaling.strategy=fsdp")
+    return Outcome("kill -9 of a worker, fsdp", "Ray starts the workers anew", *found)
 
 
 def worker_terminated(home: Path, whole: Training) -> Outcome:
     """SIGTERM to one of two workers."""
-    training = Training(home, "worker-terminated", *SETS)
-    training.wait_step(300)
-    os.kill(training.pid(0), signal.SIGTERM)
-    training.wait(lambda: len(training.attempts()) == 2, "another attempt")
-    weights = ended_well(training, whole)
-    return Outcome("SIGTERM to a worker", "a checkpoint at once, then anew", training.again(), weights)
+    found = signalled(home, whole, "worker-terminated", 0, signal.SIGTERM)
+    return Outcome("SIGTERM to a worker", "a checkpoint at once, then anew", *found)
 
 
 def driver_killed(home: Path, whole: Training) -> Outcome:

@@ -38,7 +38,7 @@ class Session:
 def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: Ui) -> Session:
     """Check everything that can be checked, make the run folder, start Ray, load the data."""
     from raydeep.model import artifact
-    from raydeep.train import launch
+    from raydeep.train import cluster
 
     manifest = datasets.prepare(job, ui)
     spec = artifact.make_spec(
@@ -60,7 +60,7 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: 
         )
     with ui.stage("ray") as stage:
         try:
-            plan = stack.enter_context(launch.cluster(job, run.path / "ray.log"))
+            plan = stack.enter_context(cluster.cluster(job, run.path / "ray.log"))
         except RaydeepError:
             if fresh:  # nothing has been done yet: nothing is left
                 shutil.rmtree(run.path)
@@ -97,6 +97,12 @@ def train_dense(session: Session) -> Dense:
     run, ui, data, job = session.run, session.ui, session.data, session.job
     folder = run.model("dense")
     if (folder / "SHA256SUMS").exists():
+        done = checkpoint.latest(run.path / "checkpoints")
+        if done is not None and done.moment.epoch < job.train.epochs:
+            raise RaydeepError(
+                f"{run.path}: its training is finished, with {done.moment.epoch} epochs, the job now says "
+                f"{job.train.epochs}: start a new run"
+            )
         artifact.check_sums(folder)
         return plan.Dense(*artifact.load_model(folder))
     with ui.stage("train") as stage:

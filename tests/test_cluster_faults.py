@@ -127,3 +127,4 @@ def test_a_partitioned_model_is_trained_verified_and_reported(home: Path, strate
 
 def test_nothing_is_left_running(home: Path) -> None:
     wait_for(lambda: not ray_processes(home), 120, "Ray to stop")
+    assert ray_processes(home) == []

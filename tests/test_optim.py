@@ -471,3 +471,23 @@ def test_an_average_of_another_network_is_refused():
     average = Average(layers(), 0.9)
     with pytest.raises(AssertionError):
         average.load({"0.weight": torch.zeros(8, 1, 3, 3)}, 1)
+
+
+def test_the_second_name_of_a_tied_weight_is_averaged_too():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+            self.two.weight = self.one.weight
+
+    net = Tied()
+    average = Average(net, 0.9)
+    nn.init.ones_(net.one.weight)
+    average.update()
+    found = average.state()
+    assert found.keys() == {"one.weight", "two.weight"}
+    assert torch.equal(found["one.weight"], found["two.weight"])
+    assert not torch.equal(found["one.weight"], net.one.weight)
+    other = Average(net, 0.9)
+    other.load({key: value.clone() for key, value in found.items()}, 1)
+    assert torch.equal(other.state()["two.weight"], found["one.weight"])

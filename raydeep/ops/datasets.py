@@ -76,9 +76,9 @@ def _runner(job: Job, workers: int | None, folder: Path) -> Runner:
         if len(tasks) <= len(SPLITS):
             sharding.one_by_one(work, tasks, tell)
             return
-        from raydeep.train import launch
+        from raydeep.train import cluster
 
-        with launch.cluster(job, folder / f"{job.data.source.replace(':', '-')}.ray.log"):
+        with cluster.cluster(job, folder / f"{job.data.source.replace(':', '-')}.ray.log"):
             from raydeep.data import stream
 
             at_once = workers if workers or os.environ.get("RAY_ADDRESS") else usable_cores()

@@ -19,6 +19,9 @@ class Average:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.module, self.decay, self.updates = module, decay, 0
         self.shadows = {name: p.detach().clone() for name, p in module.named_parameters()}
+        first = {p: name for name, p in module.named_parameters()}
+        every = module.named_parameters(remove_duplicate=False)
+        self.aliases = {name: first[p] for name, p in every if name != first[p]}  # further names of tied weights
 
     @torch.no_grad()
     def update(self) -> None:
@@ -49,11 +52,11 @@ class Average:
 
     def state(self) -> dict[str, torch.Tensor]:
         """The averaged parameters by name."""
-        return self.shadows
+        return self.shadows | {alias: self.shadows[name] for alias, name in self.aliases.items()}
 
     def load(self, shadows: dict[str, torch.Tensor], updates: int) -> None:
         """Go on from a saved state."""
-        assert shadows.keys() == self.shadows.keys()
+        assert shadows.keys() == self.state().keys()
         self.updates = updates
-        for name, value in shadows.items():
-            self.shadows[name].copy_(value)
+        for name, shadow in self.shadows.items():
+            shadow.copy_(shadows[name])

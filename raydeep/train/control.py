@@ -204,23 +204,24 @@ class Control:
         if self.watch is not None:
             self.watch.at(stage, step)
 
-    def explain_not_finite(self, bad: bool, rows: list[int], usual: str) -> TrainError:
+    def explain_not_finite(self, bad: bool | None, rows: list[int], usual: str) -> TrainError:
         """The error of a step whose gradient is not finite: of one worker's batch, or of the training.
 
         Args:
-            bad: this worker's own loss is not finite.
+            bad: this worker's own loss is not finite; None: it sees none (an inner stage of a pipeline).
             rows: of the train split, in this worker's share of the batch.
             usual: the message if the losses of most workers are not finite.
         """
         told = self.votes.gather((bad, self.origins(rows[:8]) if bad else [], len(rows)))
         ill = [rank for rank, (is_bad, _, _) in enumerate(told) if is_bad]
+        seeing = sum(is_bad is not None for is_bad, _, _ in told)
         if not ill:
             return TrainError(usual + " (the losses are finite, their gradient is not)")
         rank = ill[0]
         _, names, count = told[rank]
         more = f" and {count - len(names)} more" if count > len(names) else ""
         batch = f"its batch: {', '.join(names)}{more}"
-        if len(told) > 1 and len(ill) * 2 <= len(told):
+        if seeing > 1 and len(ill) * 2 <= seeing:
             who = ", ".join(map(str, ill))
             return TrainError(f"{usual}. Only rank {who} of {len(told)} has such a loss; {batch}")
         return TrainError(f"{usual}. Rank {rank}, {batch}")

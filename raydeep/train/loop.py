@@ -283,7 +283,7 @@ class _Fit:
             return
         cfg, inside = self.cfg, step - epoch * self.batches.steps_per_epoch
         raise self.control.explain_not_finite(
-            not bool(torch.isfinite(part)),
+            not bool(torch.isfinite(part)) if self.strategy.sees_loss else None,
             self.batches.rows(epoch, inside).tolist(),
             f"the loss is not finite at epoch {epoch + 1}, step {step + 1}: lower the learning rate (now {self.lr:g}: "
             f"train.lr, or recover.lr in recovery), set train.clip_norm (now {cfg.clip_norm}), raise "

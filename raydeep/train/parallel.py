@@ -56,9 +56,11 @@ class Strategy:
         data_world: how many shares there are.
         data_group: the workers that hold the same part and, among them, every share; None: all workers.
         sharded: parts differ between workers, so that all of them write checkpoints.
+        sees_loss: this worker's part ends in the logits.
     """
 
     sharded = False
+    sees_loss = True
 
     def __init__(self, scaling: Scaling | None = None, device: torch.device | str = "cpu") -> None:
         self.scaling, self.device = scaling, torch.device(device)

@@ -59,6 +59,7 @@ class Pipeline(Strategy):
             self.device.type, (replicas, self.stages), mesh_dim_names=("replica", "stage")
         )  # fmt: skip
         self.stage = self.data_rank % self.stages
+        self.sees_loss = self.stage == self.stages - 1
         self.data_rank, self.data_world = self.data_rank // self.stages, replicas
         self.data_group, self.stage_group = mesh.get_group("replica"), mesh.get_group("stage")
         self.kind = scaling.pipeline_schedule
@@ -116,7 +117,7 @@ class Pipeline(Strategy):
         feed: dict[str, Any] = {}
         if self.stage == 0:
             feed["arg_mbs"] = [(micro.images,) for micro in micros]
-        if self.stage == self.stages - 1:
+        if self.sees_loss:
             feed |= {"target_mbs": list(micros), "losses": found}
         self.schedule.step(**feed, return_outputs=False)
         total = torch.zeros((), dtype=torch.float64, device=self.device)

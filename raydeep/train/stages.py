@@ -236,9 +236,7 @@ def _named(name: str, nodes: list[fx.Node], places: list[int], model: nn.Module)
     raise ModelError(f"scaling.cut_points: the network runs no module {name}; near: {', '.join(near)}")
 
 
-def _part(
-    model: nn.Module, whole: fx.Graph, nodes: list[fx.Node], start: int, stop: int, measured: _Measure
-) -> Part:  # fmt: skip
+def _part(model: nn.Module, whole: fx.Graph, nodes: list[fx.Node], start: int, stop: int, measured: _Measure) -> Part:
     graph, copies = fx.Graph(), {}
     entering = [n for n in whole.nodes if n.op == "placeholder"] if start == 0 else _crossing(nodes, start)
     for node in entering:

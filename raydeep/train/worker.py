@@ -79,8 +79,11 @@ def save_first() -> None:
     if saver is None:
         return
     before, end = saver.started, time.monotonic() + SAVE_FIRST_S
+    failed = saver.folder.parent / "workers"
     NOTICES.save.set()
     while NOTICES.saver is saver and saver.started == before and time.monotonic() < end:
+        if any(failed.glob("failed-*.json")):  # one has raised: the others wait for it in a collective
+            return
         time.sleep(0.02)
     saver.wait()
 

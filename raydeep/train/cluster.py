@@ -1,0 +1,152 @@
+"""A Ray to work on: joined, or started for this machine and stopped; quiet on the terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raydeep.config import Job
+from raydeep.errors import ResourceError
+from raydeep.run import usable_cores
+from raydeep.train import sizing
+
+# Read when Ray is imported: Ray's own progress lines stay off the terminal, its train controller polls often
+# enough that a report costs 0.15 s and not 2 s.
+RAY_ENV = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial has no accuracy to report
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+NOISY = ("ray", "ray.data", "ray.train", "ray.tune", "ray.tune.tuner", "optuna")
+
+
+@contextmanager
+def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
+    """A Ray to work on: the cluster that RAY_ADDRESS names, else a private one sized for this machine.
+
+    Args:
+        job: for its scaling and search sections.
+        log: file that takes what Ray says.
+
+    Raises:
+        ResourceError: the job's plan can't be placed.
+    """
+    for key, value in RAY_ENV.items():
+        os.environ.setdefault(key, value)
+    address = os.environ.get("RAY_ADDRESS")
+    scaling, search = job.scaling, job.search
+    if not address:  # refuse before the seconds that starting takes
+        import torch
+
+        gpus = torch.cuda.device_count() if scaling.use_gpu else 0
+        plan = sizing.plan(
+            usable_cores(), scaling.min_workers, scaling.cpus_per_worker, search.concurrent, gpus=gpus,
+            use_gpu=scaling.use_gpu,
+        )  # fmt: skip
+        most = scaling.workers_per_node
+        if most is not None and scaling.min_workers > most:
+            raise ResourceError(
+                f"scaling.workers_per_node {most}: this machine is one node, scaling.workers {scaling.min_workers} do "
+                f"not fit; lower workers, raise workers_per_node, or set RAY_ADDRESS"
+            )
+    import ray
+
+    restore = _quiet(log)
+    _errors_to_log()
+    on_term = signal.getsignal(signal.SIGTERM)
+    try:
+        if address:
+            _join(address)
+            there = ray.cluster_resources()
+            plan = sizing.plan(
+                int(there.get("CPU", 0)), scaling.min_workers, scaling.cpus_per_worker, search.concurrent,
+                gpus=int(there.get("GPU", 0)), use_gpu=scaling.use_gpu, where="the cluster",
+            )  # fmt: skip
+        else:
+            ray.init(
+                address="local", num_cpus=plan.num_cpus, include_dashboard=False, log_to_driver=False,
+                logging_level=logging.ERROR, _temp_dir=os.environ.get("RAY_TMPDIR"),
+            )  # fmt: skip
+        import ray.data
+        import ray.train  # both set up loggers of their own when imported
+
+        _quiet_loggers(log)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_term)  # ray.init has put its own in place, which aborts
+        yield plan
+    finally:
+        ray.shutdown()
+        restore()
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as err:  # ConnectionError, AuthenticationError and others: nothing has started yet
+        raise ResourceError(
+            f"no Ray cluster lets this process in at RAY_ADDRESS {address}: {str(err).splitlines()[0]}; start it, "
+            f"unset RAY_ADDRESS to run on this machine, or, if it asks for a token, set RAY_AUTH_MODE=token and "
+            f"RAY_AUTH_TOKEN_PATH=FILE"
+        ) from None
+
+
+def _quiet(log: Path) -> Callable[[], None]:
+    """Send Python warnings and Ray's loggers to a file; returns what undoes it."""
+    import warnings
+
+    saved = warnings.showwarning
+    handler = logging.FileHandler(log, delay=True)
+    handler.setLevel(logging.INFO)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logging.captureWarnings(True)
+    logger = logging.getLogger("py.warnings")
+    logger.addHandler(handler)
+    logger.propagate = False
+    _HANDLERS[log] = handler
+
+    def restore() -> None:
+        logging.captureWarnings(False)
+        warnings.showwarning = saved
+        _HANDLERS.pop(log, None)
+        for name in (*NOISY, "py.warnings"):
+            logging.getLogger(name).removeHandler(handler)
+        handler.close()
+
+    return restore
+
+
+def _errors_to_log() -> None:
+    """Send what raylets say of died workers to the log: Ray prints it on the terminal and has no setting for it."""
+    from ray._private import worker
+
+    def write(data: dict[str, Any], **_: Any) -> None:
+        logging.getLogger("ray").warning("%s: %s", data.get("pid"), "\n".join(data["lines"]))
+
+    worker.print_to_stdstream = write  # type: ignore[assignment]
+
+
+_HANDLERS: dict[Path, logging.Handler] = {}
+
+
+def _quiet_loggers(log: Path) -> None:
+    handler = _HANDLERS[log]
+    for name in NOISY:  # ray.init has just set up its own stream handlers: take them out
+        logger = logging.getLogger(name)
+        for old in list(logger.handlers):
+            logger.removeHandler(old)
+        logger.addHandler(handler)
+        logger.propagate = False
