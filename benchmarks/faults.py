@@ -27,6 +27,7 @@ SETS = (
     "train.epochs=12", "train.batch_size=8", "train.lr=0.01", "train.checkpoint_steps=20", "scaling.workers=2",
     "export.latency_rounds=3",
 )  # fmt: skip
+LONGER = ("train.epochs=24", "model.args={width: 256}")  # slow enough for a node to come back
 TOLERANCE = 1e-3  # of an epoch's mean loss, where another number of workers adds in another order
 
 
@@ -300,7 +301,7 @@ def node_lost(home: Path, whole: Training) -> list[Outcome]:
     """Kill -9 of a raylet under `workers: [1, 2]`; later the node comes back."""
     with nodes(home) as both:
         training = Training(
-            home, "node-lost", *SETS, "train.epochs=24", "scaling.workers=[1, 2]", "scaling.resize_interval_s=5",
+            home, "node-lost", *SETS, *LONGER, "scaling.workers=[1, 2]", "scaling.resize_interval_s=5",
             env={"RAY_ADDRESS": both.cluster.address},
         )  # fmt: skip
         training.wait_step(300)
@@ -324,7 +325,7 @@ def node_preempted(home: Path, whole: Training) -> Outcome:
     """Ray says that a node will go in 20 s, and it goes."""
     with nodes(home) as both:
         training = Training(
-            home, "node-preempted", *SETS, "train.epochs=24", "scaling.workers=[1, 2]", "train.checkpoint_steps=none",
+            home, "node-preempted", *SETS, *LONGER, "scaling.workers=[1, 2]", "train.checkpoint_steps=none",
             "train.checkpoint_seconds=none", env={"RAY_ADDRESS": both.cluster.address},
         )  # fmt: skip
         training.wait_step(146)
@@ -362,8 +363,8 @@ FAULTS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "driver_terminated": (driver_terminated, ()),
     "disk_full": (disk_full, ()),
     "stalled": (stalled, ()),
-    "node_lost": (node_lost, ("train.epochs=24",)),
-    "node_preempted": (node_preempted, ("train.epochs=24",)),
+    "node_lost": (node_lost, LONGER),
+    "node_preempted": (node_preempted, LONGER),
     "sharded_worker_killed": (sharded_worker_killed, ("scaling.strategy=fsdp",)),
 }
 

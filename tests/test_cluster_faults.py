@@ -57,21 +57,19 @@ def test_a_full_disk_is_one_error_and_spares_the_last_checkpoint(home: Path, who
 
 
 def test_a_lost_node_is_gone_on_without_and_taken_back(home: Path) -> None:
-    longer = faults.undisturbed(home, "whole-24", "train.epochs=24")
+    longer = faults.undisturbed(home, "longer", *faults.LONGER)
     lost, back = faults.node_lost(home, longer)
     assert "losses of epochs within" in lost.weights
     assert lost.again < 60
     assert back.again <= 2
 
 
-@pytest.mark.slow
 def test_a_terminated_worker_loses_nothing(home: Path, whole: faults.Training) -> None:
     outcome = faults.worker_terminated(home, whole)
     assert outcome.weights == "bit-identical"
     assert outcome.again <= 2
 
 
-@pytest.mark.slow
 def test_a_worker_that_hangs_is_named(home: Path, whole: faults.Training) -> None:
     assert faults.stalled(home, whole).weights == "bit-identical"
 
