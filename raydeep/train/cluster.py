@@ -45,6 +45,8 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
     """
     for key, value in RAY_ENV.items():
         os.environ.setdefault(key, value)
+    if job.scaling.elastic:  # after a lost node, the old size is not waited for so long
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     address = os.environ.get("RAY_ADDRESS")
     scaling, search = job.scaling, job.search
     if not address:  # refuse before the seconds that starting takes
