@@ -27,8 +27,13 @@ SETS = (
     "train.epochs=12", "train.batch_size=8", "train.lr=0.01", "train.checkpoint_steps=20", "scaling.workers=2",
     "export.latency_rounds=3",
 )  # fmt: skip
-LONGER = ("train.epochs=24", "model.args={width: 256}")  # slow enough for a node to come back
+LONGER = ("train.epochs=20", "model.name=slow:make")  # slow enough for a node to come back
 TOLERANCE = 1e-3  # of an epoch's mean loss, where another number of workers adds in another order
+
+
+def paths() -> str:
+    """PYTHONPATH, with slow.py on it."""
+    return os.pathsep.join(filter(None, [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
 
 
 class Outcome(NamedTuple):
@@ -53,7 +58,7 @@ class Training:
         env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_TMPDIR")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "raydeep.cli", "train", *arguments],
-            env={**env, "RAY_TMPDIR": str(self.home), **self.env}, cwd=self.home, text=True,
+            env={**env, "RAY_TMPDIR": str(self.home), "PYTHONPATH": paths(), **self.env}, cwd=self.home, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -253,8 +258,7 @@ def disk_full(home: Path, whole: Training) -> Outcome:
 class Nodes:
     """A Ray cluster of raylets on this machine, which a training joins."""
 
-    def __init__(self, home: Path) -> None:
-        os.environ["RAY_TMPDIR"] = str(home)
+    def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
         self.options = {"num_cpus": 1, "object_store_memory": 200 * 2**20}
@@ -286,15 +290,17 @@ class Nodes:
 @contextmanager
 def nodes(home: Path) -> Iterator[Nodes]:
     """Two nodes of one CPU; stopped afterwards."""
-    before = os.environ.get("RAY_TMPDIR")
-    both = Nodes(home)
+    before = dict(os.environ)
+    os.environ |= {"RAY_TMPDIR": str(home), "PYTHONPATH": paths()}  # the raylets' own, and their workers'
     try:
-        yield both
+        both = Nodes()
+        try:
+            yield both
+        finally:
+            both.cluster.shutdown()
     finally:
-        both.cluster.shutdown()
-        os.environ.pop("RAY_TMPDIR")
-        if before is not None:
-            os.environ["RAY_TMPDIR"] = before
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def node_lost(home: Path, whole: Training) -> list[Outcome]:
