@@ -9,17 +9,14 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from raydeep.errors import JobError
+from raydeep.fields import Average
+from raydeep.recipe import Distill, Export, Prune, Quantize, Recover
 from raydeep.safeyaml import MAX_JOB_BYTES, load_yaml
 from raydeep.sections import (
     DEFAULT_SPACE,
     Augment,
     Data,
-    Distill,
-    Export,
     Model,
-    Prune,
-    Quantize,
-    Recover,
     Scaling,
     Search,
     Section,
@@ -27,8 +24,8 @@ from raydeep.sections import (
 )
 
 __all__ = [
-    "DEFAULT_SPACE", "Augment", "Data", "Distill", "Export", "Job", "Model", "Prune", "Quantize", "Recover", "Scaling",
-    "Search", "Section", "Train", "differing", "load_job", "parse_job", "parse_sets", "valid_keys",
+    "DEFAULT_SPACE", "Augment", "Average", "Data", "Distill", "Export", "Job", "Model", "Prune", "Quantize", "Recover",
+    "Scaling", "Search", "Section", "Train", "differing", "load_job", "parse_job", "parse_sets", "valid_keys",
 ]  # fmt: skip
 
 

@@ -8,6 +8,18 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Average(Section):
+    """Bits of each layer by its measured sensitivity, so many on average."""
+
+    average: Annotated[float, Field(ge=2, le=8)]
+
+
 def none_word(value: Any) -> Any:
     return None if isinstance(value, str) and value.lower() in ("none", "null", "~", "") else value
 
@@ -17,6 +29,25 @@ def _bits(value: Any) -> Any:
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= 8):
         return value
     raise ValueError("expected a whole number of bits from 2 to 8, or none for float")
+
+
+def _weight_bits(value: Any) -> Any:
+    if isinstance(value, Average):
+        return value
+    try:
+        return Average.model_validate(value) if isinstance(value, dict) else _bits(value)
+    except ValueError:
+        raise ValueError(
+            "expected a whole number of bits from 2 to 8, none for float, or {average: BITS} with 2 to 8"
+        ) from None
+
+
+def _prune_kind(value: Any) -> Any:
+    if isinstance(value, str) and (value in ("weights", "channels") or re.fullmatch(r"\d{1,2}:\d{1,2}", value)):
+        n, sep, m = value.partition(":")
+        if not sep or 0 < int(n) < int(m) <= 32:
+            return value
+    raise ValueError("expected weights, channels, or N:M with 0 < N < M <= 32, such as 2:4")
 
 
 def _pair(value: Any) -> Any:
@@ -37,6 +68,8 @@ def _source(value: Any) -> Any:
     raise ValueError(f"expected {', '.join(SOURCES)} or {TORCHVISION}NAME (a class of torchvision.datasets)")
 
 
+WeightBits = Annotated[int | Average | None, BeforeValidator(_weight_bits)]
+PruneKind = Annotated[str, BeforeValidator(_prune_kind)]
 Bits = Annotated[int | None, BeforeValidator(_bits)]
 Range2 = Annotated[tuple[float, float], BeforeValidator(_pair)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -49,12 +82,6 @@ MaybeSide = Annotated[Annotated[int, Field(ge=4, le=4096)] | None, BeforeValidat
 SourceName = Annotated[str, BeforeValidator(_source)]
 MaybeText = Annotated[str | None, BeforeValidator(none_word)]
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def worker_count(value: Any) -> Any:

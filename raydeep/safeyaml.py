@@ -1,4 +1,4 @@
-"""YAML for jobs: no tags, no duplicate keys, size, depth and aliases bounded; `3e-4` is a float."""
+"""YAML for jobs: no tags, no duplicate keys, size, depth and aliases bounded; `3e-4` is a float, `2:4` text."""
 
 from __future__ import annotations
 
@@ -51,13 +51,18 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {  # a copy, so that yaml.SafeLoader itself stays as it is
-    first: [(tag, exp) for tag, exp in pairs if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")]
+    first: [(tag, exp) for tag, exp in pairs if tag.rpartition(":")[2] not in ("float", "int", "timestamp")]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF)|\.(nan|NaN))$"),
     list("-+.0123456789"),
+)
+_Loader.add_implicit_resolver(  # as YAML 1.2: 2:4 is text, not 124
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$"),
+    list("-+0123456789"),
 )
 
 

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from raydeep.fields import (
-    Bits,
     Count,
     MaybeCount,
     MaybePositive,
@@ -197,40 +196,6 @@ class Train(Section):
     )
 
 
-class Prune(Section):
-    """Which weights become zero."""
-
-    sparsity: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Share of zeros in prunable weights")
-    schedule: Literal["one_shot", "cubic"] = Field(
-        "cubic", description="one_shot, or cubic over the first half of recovery (arXiv 1710.01878)"
-    )
-
-
-class Quantize(Section):
-    """Bit widths; steps are learned during recovery (LSQ, arXiv 1902.08153)."""
-
-    weight_bits: Bits = Field(None, description="2 to 8, or none for float")
-    activation_bits: Bits = Field(None, description="2 to 8, or none for float; needs weight_bits")
-    edge_bits: Bits = Field(8, description="Least bits of the first and last layer; none: like the others")
-    calibration_rows: Count = Field(512, description="Train rows that set the first steps")
-
-
-class Distill(Section):
-    """Learn from the dense model's logits during recovery (arXiv 1503.02531)."""
-
-    enabled: bool = False
-    weight: Probability = Field(0.7, description="Share of the distillation loss")
-    temperature: Positive = 4.0
-
-
-class Recover(Section):
-    """Training after compression: the same loop, gentler."""
-
-    epochs: Annotated[int, Field(ge=0, le=100_000)] = 4
-    lr: Positive = Field(0.01, description="Peak learning rate of recovery")
-    batch_size: MaybeCount = Field(None, description="none: that of train")
-
-
 DEFAULT_SPACE: dict[str, list[Any]] = {
     "prune.sparsity": [0.0, 0.5, 0.7, 0.8, 0.9, 0.95],
     "quantize.weight_bits": [2, 3, 4, 8],
@@ -250,14 +215,6 @@ class Search(Section):
     concurrent: MaybeCount = Field(None, description="Trials at once; none: one a core")
     startup_trials: Count = Field(10, description="Random trials before Optuna's TPE models the objectives")
     max_failed: Annotated[int, Field(ge=0)] = Field(3, description="Stop the search after more failed trials")
-
-
-class Export(Section):
-    """What is written for each model of the front."""
-
-    max_models: Count = Field(8, description="At most so many models of the front, spread over bytes")
-    latency_rounds: Annotated[int, Field(ge=3)] = Field(15, description="Interleaved rounds of the latency test")
-    batch_size: Count = Field(1, description="Batch of the latency test")
 
 
 class Scaling(Section):

@@ -180,7 +180,7 @@ def test_batchnorm_is_folded_into_scale_and_bias_of_quantized_convolutions():
         step = tensors[f"{conv}.weight.scale"] * found.input_quant.step
         assert ((found.bias - (norm.bias - norm.running_mean * gain)).abs() <= 0.501 * step).all()
         assert found.input_quant.step == expected.input_quant.step
-        assert found.input_quant.signed == expected.input_quant.signed
+        assert found.input_quant.low == expected.input_quant.low
 
 
 @pytest.mark.parametrize("gain", [1e-30, -1e-12, 1e-8])

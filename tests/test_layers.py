@@ -91,7 +91,7 @@ def test_step_gradient_of_weights_is_that_of_lsq():
     ],
 )
 def test_step_gradient_of_activations_is_that_of_lsq(signed, expected):
-    quant = layers.ActivationQuant(3, signed, 0.5).train()
+    quant = layers.ActivationQuant(3, layers.activation_range(3, signed)[0], 0.5).train()
     x = torch.tensor([[0.7, -9.0], [9.0, 1.1]], requires_grad=True)  # 2 rows of N = 2 values
     upstream = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     quant(x).backward(upstream)
@@ -105,14 +105,14 @@ def test_step_gradient_of_activations_is_that_of_lsq(signed, expected):
 @pytest.mark.parametrize("signed", [False, True])
 def test_quantized_activations_fill_their_range_and_no_more(bits, signed):
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    quant = layers.ActivationQuant(bits, signed, 0.5).eval()
+    quant = layers.ActivationQuant(bits, low, 0.5).eval()
     levels = (quant(torch.linspace(-200, 200, 4001)) / 0.5).detach().unique()
     assert levels.tolist() == list(range(low, high + 1))
 
 
 def test_activations_are_quantized_alike_in_training_and_evaluation():
     x = torch.randn(8, 16)
-    quant = layers.ActivationQuant(4, True, 0.3)
+    quant = layers.ActivationQuant(4, -8, 0.3)
     close(quant.train()(x), quant.eval()(x))
 
 

@@ -60,7 +60,7 @@ def prepare(model: nn.Module, cfg: Prune, recovers: bool) -> Callable[[int, int]
     Returns:
         A function of (step, steps in all) that tightens the masks during recovery, or None.
     """
-    if cfg.sparsity == 0:
+    if not cfg.active:
         return None
     found = dict(layers.compressible(model))
     masks = {name: layers.add_mask(module) for name, module in found.items()}

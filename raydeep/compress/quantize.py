@@ -48,7 +48,7 @@ def prepare(model: nn.Module, cfg: Quantize, calibration: list[torch.Tensor]) ->
             signed = bool(values.min() < 0)
             low, high = layers.activation_range(activation_bits, signed)
             step = layers.best_step(values[None], low, high).item()
-            layers.add_input_quant(module, activation_bits, signed, step)
+            layers.add_input_quant(module, activation_bits, low, step)
             module.input_quant.to(values.device)
         layers.add_weight_quant(module, weight_bits)
 

@@ -14,7 +14,6 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from raydeep.model.artifact import bias_integers
-from raydeep.model.layers import activation_range
 
 MOVES = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")  # commute with quantization
 
@@ -91,7 +90,7 @@ def to_integers(model: onnx.ModelProto, layers: dict[str, Any], tensors: dict[st
 
     Args:
         model: the float graph, changed in place.
-        layers: layer name → {"weight_bits", "activation": {"bits", "signed", "step"}}.
+        layers: layer name → {"weight_bits", "activation": {"bits", "low", "step"}}.
         tensors: `L.weight.q` int8, `L.weight.scale` float32, `L.bias` float32 of those layers.
     """
     for i, node in enumerate(model.graph.node):
@@ -137,7 +136,7 @@ def _quantize_input(graph: _Graph, node: Any, name: str, act: dict[str, Any]) ->
         if source is None or source.op_type not in MOVES or len(graph.consumers(source.output[0])) != 1:
             break
         chain.append(source)
-    low, high = activation_range(act["bits"], act["signed"])
+    low, high = act["low"], act["low"] + 2 ** act["bits"] - 1
     scale = graph.constant(f"{name}.in.scale", np.array(act["step"], np.float32))
     zero = graph.constant(f"{name}.in.zero", np.array(-low, np.uint8))
     for depth, member in enumerate(chain):

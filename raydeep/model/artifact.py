@@ -81,7 +81,7 @@ def freeze(model: nn.Module, spec: dict[str, Any], fold: bool = True) -> tuple[d
         act = getattr(module, "input_quant", None)
         if act is not None:
             entry["activation"] = {
-                "bits": act.bits, "signed": bool(act.signed), "step": float(act.step.detach().abs().clamp_min(1e-9)),
+                "bits": act.bits, "low": act.low, "step": float(act.step.detach().abs().clamp_min(1e-9)),
             }  # fmt: skip
         if entry:
             entries[name] = entry
@@ -163,7 +163,7 @@ def thaw(spec: dict[str, Any], tensors: Tensors) -> nn.Module:
     for name, entry in spec["layers"].items():
         act = entry.get("activation")
         if act is not None:
-            layers.add_input_quant(model.get_submodule(name), act["bits"], act["signed"], act["step"])
+            layers.add_input_quant(model.get_submodule(name), act["bits"], act["low"], act["step"])
     return model.eval().requires_grad_(False)
 
 

@@ -79,13 +79,10 @@ class WeightQuant(nn.Module):
 class ActivationQuant(nn.Module):
     """Quantizes a tensor with one learned step."""
 
-    signed: torch.Tensor
-
-    def __init__(self, bits: int, signed: bool, step: float) -> None:
+    def __init__(self, bits: int, low: int, step: float) -> None:
         super().__init__()
-        self.bits = bits
-        self.register_buffer("signed", torch.tensor(signed))
-        self.low, self.high = activation_range(bits, signed)
+        self.bits, self.low = bits, low
+        self.high = low + 2**bits - 1
         self.step = nn.Parameter(torch.tensor(float(step)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -159,9 +156,9 @@ def add_weight_quant(module: nn.Module, bits: int) -> None:
     parametrize.register_parametrization(module, "weight", quant)
 
 
-def add_input_quant(module: nn.Module, bits: int, signed: bool, step: float) -> None:
-    """Quantize a layer's input."""
-    module.input_quant = ActivationQuant(bits, signed, step)
+def add_input_quant(module: nn.Module, bits: int, low: int, step: float) -> None:
+    """Quantize a layer's input to `bits` bits from the integer `low` on."""
+    module.input_quant = ActivationQuant(bits, low, step)
     module.register_forward_pre_hook(_quantize_input)
 
 

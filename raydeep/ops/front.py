@@ -36,7 +36,7 @@ def _finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> No
     with ui.stage("verify") as stage:
         facts = verify.verify(
             candidates, run.model("dense"), data, rounds=run.job.export.latency_rounds,
-            batch_size=run.job.export.batch_size,
+            batch_size=run.job.export.batch_sizes[0],
         )  # fmt: skip
         good = [row for row in chosen if facts[f"t{row['trial']:03d}"]["verified"]]
         bad = [f"t{row['trial']:03d}" for row in chosen if row not in good]
@@ -150,7 +150,7 @@ def export(run: Run, trial: int, ui: Ui) -> Path:
         data = splits.read_dataset(shards.load_manifest(dataset, check_hashes=True), run.job.data)
         facts = verify.verify(
             [candidate], run.model("dense"), data, rounds=run.job.export.latency_rounds,
-            batch_size=run.job.export.batch_size,
+            batch_size=run.job.export.batch_sizes[0],
         )[candidate.folder.name]  # fmt: skip
         if not facts["verified"]:
             raise RaydeepError(
