@@ -21,6 +21,7 @@ from raydeep.errors import ExportError
 from raydeep.run import hardware, write_json
 
 if TYPE_CHECKING:
+    from raydeep.config import Export
     from raydeep.data.resident import Dataset, Split
 
 ONNX_ROWS_PER_DIFFERENCE = 500  # at most one prediction in so many may differ between ONNX and the packed file
@@ -37,7 +38,13 @@ class Candidate(NamedTuple):
 
 
 def verify(
-    candidates: list[Candidate], dense: Path, data: Dataset, *, rounds: int, batch_size: int
+    candidates: list[Candidate],
+    dense: Path,
+    data: Dataset,
+    *,
+    cfg: Export | None = None,
+    rounds: int | None = None,
+    batch_size: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Re-load each model folder in a clean process; write its `verify.json`.
 
@@ -45,8 +52,9 @@ def verify(
         candidates: the folders to check.
         dense: folder of the dense model, timed in the same run.
         data: for its val and test splits; what is streamed is read anew, from the shards.
-        rounds: of the latency test; in each, every model runs once for ROUND_S.
-        batch_size: pictures a call in the latency test.
+        cfg: the export section.
+        rounds: instead of cfg.latency_rounds.
+        batch_size: instead of cfg.batch_sizes.
 
     Returns:
         Folder name → facts of verify.json; `verified` is False where predictions differ too much.
@@ -54,8 +62,10 @@ def verify(
     Raises:
         ExportError: the process died.
     """
+    from raydeep.config import Export
     from raydeep.data.splits import in_process
 
+    cfg = cfg or Export()
     with tempfile.TemporaryDirectory(prefix="raydeep-") as name:
         work = Path(name)
         request = {
@@ -64,7 +74,8 @@ def verify(
             "predictions": {
                 "val": [c.val_predictions for c in candidates], "test": [c.test_predictions for c in candidates]
             },
-            "rounds": rounds, "batch_size": batch_size, "out": str(work / "out.json"),
+            "rounds": rounds or cfg.latency_rounds, "batch_size": batch_size or cfg.batch_sizes[0],
+            "out": str(work / "out.json"),
         }  # fmt: skip
         (work / "request").write_bytes(pickle.dumps(request))  # from this process to its own child
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNE_", "OMP_", "PYTHONSTARTUP"))}
