@@ -37,6 +37,8 @@ class Session:
 
 def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: Ui) -> Session:
     """Check everything that can be checked, make the run folder, start Ray, load the data."""
+    from raydeep.compress import plan as recipe
+    from raydeep.deploy import verify
     from raydeep.model import artifact
     from raydeep.train import cluster
 
@@ -49,6 +51,8 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: 
         from raydeep.deploy import export
 
         export.to_onnx(*artifact.freeze(model.eval(), spec, fold=False))
+    recipe.check(job, spec)
+    verify.check_runtimes(job.export)
     fresh = run is None
     run = run or Run.create(job, command)
     stack.enter_context(run.locked())
@@ -87,7 +91,8 @@ def _workers(job: Job) -> str:
 
 def train_dense(session: Session) -> Dense:
     """The dense model of a run: trained (or resumed), exported to `models/dense`, evaluated."""
-    from raydeep.compress import pack, plan
+    from raydeep.compress import pack, plan, teachers
+    from raydeep.compress.distill import PROJECTIONS
     from raydeep.deploy import export
     from raydeep.model import artifact
     from raydeep.search import tune
@@ -116,12 +121,14 @@ def train_dense(session: Session) -> Dense:
                 f"epochs, loss {row['train_loss']:.3f}, val {row['val_accuracy']:.2%}",
             )  # fmt: skip
 
-        launch.train(job, run, session.shared, session.spec, line)
+        distill = teachers.OnWorker(job, session.spec) if job.distill.trains_dense else None
+        launch.train(job, run, session.shared, session.spec, line, distill)
         last = checkpoint.latest(run.path / "checkpoints")
         if last is None or last.moment.epoch < job.train.epochs:
             raise RaydeepError(f"{run.path}: training ended without its last checkpoint; see {run.path}/ray.log")
         model = artifact.build(session.spec)
-        model.load_state_dict(last.weights())
+        weights = last.weights()
+        model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(PROJECTIONS)})
         spec, tensors = artifact.freeze(model.eval(), session.spec, fold=False)
         packed = pack.pack(spec, tensors)
         result = plan.measure(packed, data, job.train.eval_batch_size)

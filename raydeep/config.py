@@ -54,6 +54,7 @@ class Job(Section):
         if self.data.source not in ("digits", "synthetic") and not self.data.path:
             raise ValueError(f"data.source {self.data.source} needs data.path (--set data.path=FOLDER)")
         self._check_batch()
+        self._check_distill()
         space = self.search.space
         integers = self.quantize.weight_bits is not None or any(space.get("quantize.weight_bits", []))
         if any(space.get("quantize.activation_bits", [])) and not integers:
@@ -108,6 +109,16 @@ class Job(Section):
                 f"train.optimizer muon needs the whole network on a worker: use scaling.strategy ddp, or adamw with "
                 f"{scaling.strategy}"
             )
+
+    def _check_distill(self) -> None:
+        cfg = self.distill
+        if not cfg.trains_dense or not (cfg.hints or cfg.teacher == "ema"):
+            return
+        what = "distill.hints" if cfg.hints else "distill.teacher ema"
+        if self.scaling.strategy != "ddp":
+            raise ValueError(f"{what} needs scaling.strategy ddp in training, found {self.scaling.strategy}")
+        if self.train.compile:
+            raise ValueError(f"{what} needs train.compile false: it looks into the network while it runs")
 
     def with_values(self, values: dict[str, Any], check_pairs: bool = True) -> Job:
         """A copy with dotted keys set, validated; the search space is left out of the copy.

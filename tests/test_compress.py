@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from raydeep.compress import cost, distill, pack, plan, prune, quantize
-from raydeep.config import Augment, Distill, Job, Prune, Quantize, Train
+from raydeep.compress import cost, pack, plan, prune, quantize
+from raydeep.config import Augment, Job, Prune, Quantize, Train
 from raydeep.data.augment import Augmenter
 from raydeep.data.batches import Batches, Micro
 from raydeep.data.resident import Dataset, Pixels
@@ -215,43 +215,6 @@ def test_batchnorm_without_running_statistics_is_left_alone():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
     quantize.reestimate_batchnorm(model, [torch.randn(8, 3, 6, 6)])
     assert model[1].running_mean is None
-
-
-# distillation
-
-
-def test_distilled_loss_is_the_formula_of_the_paper():
-    torch.manual_seed(0)
-    teacher = nn.Sequential(nn.Flatten(), nn.Linear(9, 3))
-    micro = Micro(torch.randn(4, 1, 3, 3), torch.tensor([0, 1, 2, 1]), 4)
-    logits = torch.randn(4, 3)
-    cfg = Distill(enabled=True, weight=0.3, temperature=2.5)
-    found = distill.distilled(losses.cross_entropy(), teacher, cfg)(logits, micro)
-    p = (teacher(micro.images) / 2.5).softmax(1)
-    q = (logits / 2.5).softmax(1)
-    divergence = (p * (p / q).log()).sum(1)
-    hard = -logits.log_softmax(1)[range(4), micro.labels]
-    close(found, (0.7 * hard + 0.3 * 2.5**2 * divergence).detach())
-
-
-def test_distillation_of_weight_zero_is_the_loss_itself():
-    teacher = nn.Sequential(nn.Flatten(), nn.Linear(9, 3))
-    micro = Micro(torch.randn(4, 1, 3, 3), torch.tensor([0, 1, 2, 1]), 4)
-    logits = torch.randn(4, 3)
-    base = losses.cross_entropy(0.1)
-    found = distill.distilled(base, teacher, Distill(enabled=True, weight=0.0))(logits, micro)
-    assert torch.equal(found, base(logits, micro))
-
-
-def test_the_teacher_learns_nothing_and_runs_in_evaluation_mode():
-    teacher = nn.Sequential(nn.Flatten(), nn.Linear(9, 3), nn.BatchNorm1d(3)).train()
-    student = nn.Sequential(nn.Flatten(), nn.Linear(9, 3))
-    micro = Micro(torch.randn(4, 1, 3, 3), torch.tensor([0, 1, 2, 1]), 4)
-    loss = distill.distilled(losses.cross_entropy(), teacher, Distill(enabled=True, weight=1.0))
-    loss(student(micro.images), micro).sum().backward()
-    assert all(p.grad is None for p in teacher.parameters())
-    assert torch.equal(teacher[2].running_mean, torch.zeros(3))
-    assert student[1].weight.grad.abs().sum() > 0
 
 
 # cost

@@ -1,22 +1,26 @@
-"""The recipe: prune → calibrate → recover (with distillation) → re-estimate BatchNorm → freeze → pack.
+"""The recipe: prune → recover (with distillation) → quantize → train its steps → re-estimate BatchNorm → freeze → pack.
 
 What is scored is what was packed: the bytes are read back and evaluated.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
-from raydeep.compress import cost, distill, pack, prune, quantize
+from raydeep.compress import cost, pack, prune, quantize, teachers
 from raydeep.data import order
 from raydeep.data.augment import Augmenter, to_input
 from raydeep.data.batches import Batches, eval_batches
 from raydeep.data.resident import Dataset, Split
-from raydeep.model import artifact
+from raydeep.fields import Average
+from raydeep.model import artifact, layers
 from raydeep.train import losses
 from raydeep.train.loop import fit
 
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from raydeep.config import Job
 
 CALIBRATION_BATCH = 256
+Labelled = list[tuple[torch.Tensor, torch.Tensor]]  # batches of inputs float NCHW and labels int64 N
 
 
 class Dense(NamedTuple):
@@ -42,7 +47,28 @@ class Result(NamedTuple):
     val_predictions: np.ndarray  # int64 of shape [rows]
     test_predictions: np.ndarray
     cost: cost.Cost
+    weights: cost.Cost  # of convolutions and linear layers alone
     history: list[dict[str, Any]]
+    sensitivity: dict[str, dict[int, float]]  # layer → bits → loss increase, where bits were allocated; else empty
+
+
+def check(job: Job, spec: dict[str, Any]) -> None:
+    """Refuse what can't be compressed as the job says, before any time is spent.
+
+    Raises:
+        ModelError: the network has no channels that can go, or the teacher does not fit.
+    """
+    space = job.search.space
+    kinds = {job.prune.kind, *space.get("prune.kind", [])}
+    shares = {job.prune.sparsity, *space.get("prune.sparsity", [])}
+    if "channels" in kinds and any(shares):
+        from raydeep.compress import channels
+
+        height, width, depth = spec["input"]
+        channels.check(spec["model"]["name"], artifact.build(spec), torch.zeros(2, depth, height, width))
+    for teacher in {job.distill.teacher, *space.get("distill.teacher", [])}:
+        if job.distill.enabled or any(space.get("distill.enabled", [])):
+            teachers.load(job.distill.model_copy(update={"teacher": teacher}), spec)
 
 
 def compress(
@@ -64,28 +90,130 @@ def compress(
         on_epoch: called with the metrics of each recovery epoch.
     """
     torch.manual_seed(seed)
-    model = artifact.thaw(dense.spec, dense.tensors).requires_grad_(True).train().to(device)
-    calibration = calibration_batches(data, job.quantize.calibration_rows, seed, device)
-    tighten = prune.prepare(model, job.prune, recovers=job.recover.epochs > 0)
-    quantize.prepare(model, job.quantize, calibration)
-    loss = losses.cross_entropy(job.train.label_smoothing)
-    if job.distill.enabled:
-        loss = distill.distilled(loss, artifact.thaw(dense.spec, dense.tensors).to(device), job.distill)
-    history = []
-    if job.recover.epochs:
-        batch_size = job.recover.batch_size or job.train.batch_size
-        augmenter = Augmenter(job.augment, data.mean, data.std)
+    steps = _Steps(job, dense, data, seed, device, on_epoch)
+    cfg = job.quantize
+    within = cfg.epochs is None
+    steps.prune(quantize_last=within)
+    if not within:
+        steps.quantize()
+        if cfg.epochs:
+            steps.train(cfg.epochs, job.recover.lr * cfg.lr_factor, None)
+    if cfg.weight_bits is not None and not (cfg.epochs or (within and job.recover.epochs)):
+        quantize.post_training(steps.model, cfg, steps.inputs, steps.before)
+    quantize.reestimate_batchnorm(steps.model, steps.inputs)
+    spec, tensors = artifact.freeze(steps.model.eval().cpu(), steps.spec)
+    found = measure(pack.pack(spec, tensors), data, job.train.eval_batch_size, steps.history)
+    return found._replace(sensitivity=steps.sensitivity)
+
+
+class _Steps:
+    """A network on its way."""
+
+    def __init__(
+        self,
+        job: Job,
+        dense: Dense,
+        data: Dataset,
+        seed: int,
+        device: str,
+        on_epoch: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        self.job, self.dense, self.data, self.seed, self.device, self.on_epoch = (
+            job,
+            dense,
+            data,
+            seed,
+            device,
+            on_epoch,
+        )
+        self.spec = dense.spec
+        self.model = artifact.thaw(dense.spec, dense.tensors).requires_grad_(True).train().to(device)
+        self.before: nn.Module = self.model  # without quantizers
+        self.labelled = calibration_batches(data, job.quantize.calibration_rows, seed, device)
+        self.inputs = [images for images, _ in self.labelled]
+        self.history: list[dict[str, Any]] = []
+        self.sensitivity: dict[str, dict[int, float]] = {}
+        self.teacher = None
+        if job.distill.enabled and job.distill.teacher != "ema":
+            named = teachers.load(job.distill, dense.spec)
+            self.teacher = (named or artifact.thaw(dense.spec, dense.tensors)).to(device)
+
+    def prune(self, quantize_last: bool) -> None:
+        """Prune and recover, in one round or several; quantizers come before the last one if asked for."""
+        cfg, recover = self.job.prune, self.job.recover
+        narrows = cfg.active and cfg.kind == "channels"
+        rounds = cfg.rounds if cfg.active and cfg.schedule == "iterative" and recover.epochs >= cfg.rounds else 1
+        pruner = None
+        if cfg.active and not narrows:
+            pruner = prune.prepare(self.model, cfg, recover.epochs > 0, self.labelled)
+            rounds = pruner.rounds
+        shares = [len(part) for part in np.array_split(np.arange(recover.epochs), rounds)]
+        for k, epochs in enumerate(shares):
+            if narrows:
+                from raydeep.compress import channels
+                from raydeep.model import narrow
+
+                part = cfg.model_copy(update={"sparsity": 1 - (1 - cfg.sparsity) ** (1 / rounds)})
+                channels.prune_channels(self.model, part, self.inputs[0][:2], self.labelled)
+                self.spec = {
+                    **self.dense.spec,
+                    "widths": narrow.difference(artifact.build(self.dense.spec), self.model),
+                }
+            if pruner is not None:
+                pruner.start(k)
+            if cfg.active:
+                quantize.reestimate_batchnorm(self.model, self.inputs)
+            if quantize_last and k == rounds - 1:
+                self.quantize()
+            if epochs:
+                self.train(epochs, recover.lr, pruner.on_step if pruner is not None else None)
+
+    def quantize(self) -> None:
+        """Add quantizers, with bits as asked for or allocated by what each layer loses."""
+        cfg = self.job.quantize
+        if cfg.weight_bits is None:
+            return
+        bits = None
+        if isinstance(cfg.weight_bits, Average):
+            from raydeep.compress import allocate
+
+            self.sensitivity = allocate.sensitivity(self.model, self.labelled)
+            found = dict(layers.compressible(self.model))
+            sizes = {name: int(torch.count_nonzero(found[name].weight)) for name in self.sensitivity}  # type: ignore[arg-type]
+            bits = allocate.solve(sizes, self.sensitivity, cfg.weight_bits.average)
+        self.before = copy.deepcopy(self.model).eval()
+        quantize.prepare(self.model, cfg, self.inputs, bits)
+
+    def train(self, epochs: int, lr: float, on_step: Callable[[int, int], None] | None) -> None:
+        """Some epochs of the one training loop."""
+        job, data = self.job, self.data
+        self.model.train()
         batches = Batches(
-            data.train, augmenter, batch_size, seed, accumulate=job.train.accumulate, drop_last=job.train.drop_last,
-            device=device,
+            data.train, Augmenter(job.augment, data.mean, data.std), job.recover.batch_size or job.train.batch_size,
+            self.seed, accumulate=job.train.accumulate, drop_last=job.train.drop_last, device=self.device,
         )  # fmt: skip
-        history = fit(
-            model, loss, batches, job.train, epochs=job.recover.epochs, lr=job.recover.lr, seed=seed,
-            on_step=tighten, on_epoch=on_epoch,
-        )  # fmt: skip
-    quantize.reestimate_batchnorm(model, calibration)
-    spec, tensors = artifact.freeze(model.eval().cpu(), dense.spec)
-    return measure(pack.pack(spec, tensors), data, job.train.eval_batch_size, history)
+        loss: Any = losses.cross_entropy(job.train.label_smoothing)
+        taught = None
+        if job.distill.enabled:
+            loss = taught = teachers.distilled(job, loss, self.model, self.teacher, data, self.device)
+
+        def before_step(step: int, total: int) -> None:
+            if on_step is not None:
+                on_step(step, total)
+            if taught is not None:
+                taught.on_step(step, total)
+
+        done = len(self.history)
+
+        def after_epoch(metrics: dict[str, Any]) -> None:
+            if self.on_epoch is not None:
+                self.on_epoch({**metrics, "epoch": done + metrics["epoch"]})
+
+        with closing(taught) if taught is not None else nullcontext():
+            self.history += fit(
+                self.model, loss, batches, job.train, epochs=epochs, lr=lr, seed=self.seed, on_step=before_step,
+                on_epoch=after_epoch,
+            )  # fmt: skip
 
 
 def measure(packed: bytes, data: Dataset, batch_size: int, history: list[dict[str, Any]] | None = None) -> Result:
@@ -95,7 +223,7 @@ def measure(packed: bytes, data: Dataset, batch_size: int, history: list[dict[st
     val, test = (predictions(model, data, split, batch_size) for split in (data.val, data.test))
     return Result(
         packed, float((val == data.val.labels).mean()), float((test == data.test.labels).mean()), val, test,
-        cost.count(tensors), history or [],
+        cost.count(tensors), cost.weights(tensors), history or [], {},
     )  # fmt: skip
 
 
@@ -104,9 +232,15 @@ def predictions(model: torch.nn.Module, data: Dataset, split: Split, batch_size:
     return artifact.predict(model, (m.images for m in eval_batches(split, data.mean, data.std, batch_size)))
 
 
-def calibration_batches(data: Dataset, rows: int, seed: int, device: str = "cpu") -> list[torch.Tensor]:
-    """Network inputs of a seeded choice of train rows, not augmented: batches of float32 NCHW."""
+def calibration_batches(data: Dataset, rows: int, seed: int, device: str = "cpu") -> Labelled:
+    """A seeded choice of train rows, not augmented: batches of inputs float32 NCHW and labels int64 N."""
     chosen = order.epoch_order(seed, 0, len(data.train.labels))[:rows]
     parts = np.array_split(chosen, -(-len(chosen) // CALIBRATION_BATCH))  # even: averages weigh batches alike
     read = data.train.read([parts])
-    return [to_input(torch.from_numpy(images).to(device), data.mean, data.std) for images in read]
+    return [
+        (
+            to_input(torch.from_numpy(images).to(device), data.mean, data.std),
+            torch.from_numpy(data.train.labels[part]).to(device),
+        )
+        for part, images in zip(parts, read, strict=True)
+    ]

@@ -29,6 +29,7 @@ class Micro(NamedTuple):
     valid: int  # rows that count, the first ones: a worker that has none still takes part in the step
     other_labels: torch.Tensor | None = None  # int64 N, of the pictures mixed in (mixup, cutmix)
     weight: torch.Tensor | None = None  # float32 N, share of `labels`; 1 - weight is that of `other_labels`
+    rows: torch.Tensor | None = None  # int64 N, of the split, on the CPU
 
 
 class Batches:
@@ -137,23 +138,22 @@ class Batches:
         valid = len(numbers)
         if not valid:
             numbers = np.zeros((len(rows), width))
-        labels = self.split.labels[rows]
         micros = []
         for part in order.cut(np.arange(valid), self.accumulate, self.multiple):
             index: np.ndarray | slice = np.resize(part if len(part) else np.arange(len(rows)), max(FILLERS, len(part)))
             if len(part) == len(rows) >= FILLERS:
                 index = slice(None)  # the usual case: no copy
-            micros.append(self._micro(pictures[index], labels[index], numbers[index], len(part)))
+            micros.append(self._micro(pictures[index], rows[index], numbers[index], len(part)))
         return micros
 
-    def _micro(self, pictures: np.ndarray, labels: np.ndarray, numbers: np.ndarray, valid: int) -> Micro:
+    def _micro(self, pictures: np.ndarray, rows: np.ndarray, numbers: np.ndarray, valid: int) -> Micro:
         with self.meter("transfer"):
             images = self._to_device(pictures)
-            targets, draws = self._to_device(labels), self._to_device(numbers)
+            targets, draws = self._to_device(self.split.labels[rows]), self._to_device(numbers)
         with self.meter("augment"):
             x = self.augmenter(images, draws, torch.from_numpy(numbers))
             x, other, weight = self.augmenter.mix(x, targets, draws)
-        return Micro(x, targets, valid, other, weight)
+        return Micro(x, targets, valid, other, weight, torch.from_numpy(rows))
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(values)

@@ -95,8 +95,8 @@ COLUMNS = (
 def cells(row: dict[str, Any]) -> list[str]:
     """One row of the Pareto table, as text."""
 
-    def bits(value: int | None) -> str:
-        return "float" if value is None else str(value)
+    def bits(value: float | None) -> str:
+        return "float" if value is None else f"{value:g}"
 
     return [
         row["label"], f"{row['test_accuracy']:.2%}", f"{row['val_accuracy']:.2%}", f"{row['bytes']:,}",

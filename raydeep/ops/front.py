@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from raydeep.config import Job
 from raydeep.errors import RaydeepError
+from raydeep.fields import Average
 from raydeep.ops.console import Ui
 from raydeep.run import Run, read_json, read_lines, sha256_file, write_json
 
@@ -114,7 +115,7 @@ def front_row(run: Run, label: str, trial: dict[str, Any] | None, facts: dict[st
         "val_accuracy": facts["val_accuracy"], "test_accuracy": facts["test_accuracy"],
         "bytes": facts["bytes"] if trial else facts["dense_bytes"], "onnx_bytes": facts["onnx_bytes"],
         "sparsity": trial["sparsity"] if trial else 0.0,
-        "weight_bits": job.quantize.weight_bits if trial else None,
+        "weight_bits": _bits(job.quantize.weight_bits) if trial else None,
         "activation_bits": job.quantize.activation_bits if trial else None,
         "distill": job.distill.enabled if trial else False,
         **{k: facts[k] for k in (
@@ -122,7 +123,23 @@ def front_row(run: Run, label: str, trial: dict[str, Any] | None, facts: dict[st
         )},
     }  # fmt: skip
     row["compression_ratio"] = facts["dense_bytes"] / row["bytes"]
+    if trial is not None:
+        row |= _layers(run, label)
     return row
+
+
+def _bits(asked: int | Average | None) -> float | None:
+    return asked.average if isinstance(asked, Average) else asked
+
+
+def _layers(run: Run, label: str) -> dict[str, Any]:
+    """What each layer costs, the average bits of all weights, and what the allocation of bits was made from."""
+    from raydeep.compress import cost
+
+    rows = cost.per_layer((run.path / "trials" / label / "model.rdz").read_bytes())
+    file = run.path / "trials" / label / "sensitivity.json"
+    bits = sum((row["weight_bits"] or 32) * row["parameters"] for row in rows) / sum(row["parameters"] for row in rows)
+    return {"layers": rows, "average_bits": bits, "sensitivity": read_json(file) if file.exists() else None}
 
 
 def verdict(front: dict[str, Any]) -> str:

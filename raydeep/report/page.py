@@ -61,7 +61,7 @@ def render(run: Run, folder: str) -> str:
     }
     headline, detail = words.answer(run)
     data = plot_data(run)
-    drawn = bool(data["points"]["bytes"] or data["curves"] or data["confusion"])
+    drawn = bool(data["points"]["bytes"] or data["curves"] or data["confusion"] or data["layers"])
     return environment.get_template("page.html.j2").render(
         title=str(run.job.get("name") or folder),
         run_id=str(run.provenance.get("id") or folder),

@@ -23,7 +23,8 @@ def plot_data(run: Run) -> dict[str, Any]:
         `points` in columns (one entry a point: the finished trials, then exported models that no trial
         made), `front` (indices of points no other beats in bytes and validation accuracy, by bytes), `dense`
         (or None), `pick` (index of the answer's model, or None), `frame` (lowest accuracy first shown, or
-        None), `curves` (one entry a stage) and `confusion` (or None).
+        None), `curves` (one entry a stage), `confusion` (or None) and `layers` (an entry an exported model: its
+        layers in columns).
     """
     rows = [row for row in run.done if _drawable(row)]
     trials = {row["trial"] for row in rows}
@@ -54,6 +55,7 @@ def plot_data(run: Run) -> dict[str, Any]:
             for stage in dict.fromkeys(str(row.get("stage")) for row in run.metrics)
         ],
         "confusion": _confusion(run),
+        "layers": [found for row in run.models if (found := _layers(row))],
     }
 
 
@@ -82,6 +84,28 @@ def _confusion(run: Run) -> dict[str, Any] | None:
     if not isinstance(names, list) or len(names) != len(counts):
         names = list(range(len(counts)))
     return {"classes": [str(name) for name in names], "counts": [[int(n) for n in row] for row in counts]}
+
+
+def _layers(model: dict[str, Any]) -> dict[str, Any] | None:
+    """The layers of a model in columns; `loss` is what each width of each layer was measured to cost, if it was."""
+    rows = [row for row in model.get("layers") or [] if isinstance(row, dict) and number(row.get("parameters"))]
+    if not rows:
+        return None
+    measured = model.get("sensitivity") if isinstance(model.get("sensitivity"), dict) else {}
+    return {
+        "label": _text(model.get("label")),
+        "layer": [str(row.get("layer")) for row in rows],
+        "shape": ["×".join(str(n) for n in row.get("shape") or []) for row in rows],
+        "bits": [_short(row.get("weight_bits")) for row in rows],
+        "activations": [_short(row.get("activation_bits")) for row in rows],
+        "zeros": [_short(1 - (number(row.get("nonzeros")) or 0) / row["parameters"]) for row in rows],
+        **{name: [_short(row.get(name)) for row in rows] for name in ("parameters", "macs", "bytes")},
+        "loss": [
+            {width: _short(loss) for width, loss in widths.items()}
+            if isinstance(widths := measured.get(str(row.get("layer"))), dict) else {}
+            for row in rows
+        ],
+    }  # fmt: skip
 
 
 def _drawable(row: dict[str, Any]) -> bool:

@@ -53,7 +53,7 @@ def duration(value: Any) -> str:
 def bits(value: Any) -> str:
     """A bit width, or float."""
     found = number(value)
-    return "float" if found is None else f"{found:.0f}"
+    return "float" if found is None else f"{found:.3g}"
 
 
 def setting(value: Any) -> str:

@@ -10,11 +10,20 @@ Config = dict[str, Any]
 
 
 def canonical(config: Config) -> Config:
-    """Configurations that give the same model become equal: activations need integer weights beside them."""
+    """Configurations that give the same model become equal: activations need integer weights beside them, the
+    pattern of N:M is its sparsity.
+    """
     out = dict(config)
+    if ":" in str(out.get("prune.kind")) and "prune.sparsity" in out:
+        out["prune.sparsity"] = 0.0
     if "quantize.weight_bits" in out and out["quantize.weight_bits"] is None and "quantize.activation_bits" in out:
         out["quantize.activation_bits"] = None
     return out
+
+
+def plain(value: Any) -> Any:
+    """A choice as Optuna takes it: lists and mappings as text."""
+    return json.dumps(value, sort_keys=True) if isinstance(value, (list, tuple, dict)) else value
 
 
 def key(config: Config) -> str:

@@ -17,7 +17,7 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from raydeep.config import Job
-from raydeep.run import usable_cores, write_bytes
+from raydeep.run import usable_cores, write_bytes, write_json
 from raydeep.search import space
 from raydeep.search.ledger import Ledger
 
@@ -52,7 +52,8 @@ class Proposer(Searcher):
         sampler = optuna.samplers.TPESampler(seed=job.seed, n_startup_trials=cfg.startup_trials)
         self.study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
         self.distributions: dict[str, optuna.distributions.BaseDistribution] = {
-            k: optuna.distributions.CategoricalDistribution(v) for k, v in cfg.space.items()
+            k: optuna.distributions.CategoricalDistribution([space.plain(choice) for choice in v])
+            for k, v in cfg.space.items()
         }
         self.all = space.everything(cfg.space)
         self.total = min(cfg.trials, len(self.all))
@@ -74,7 +75,9 @@ class Proposer(Searcher):
 
     def _params(self, config: dict[str, Any]) -> dict[str, Any]:
         """A point of Optuna's space that gives this configuration (see space.canonical)."""
-        return {k: config[k] if config[k] in choices else choices[0] for k, choices in self.space.items()}
+        return {
+            k: space.plain(config[k] if config[k] in choices else choices[0]) for k, choices in self.space.items()
+        }
 
     def suggest(self, trial_id: str) -> Any:
         """The next configuration, as Ray Tune asks for it."""
@@ -89,7 +92,9 @@ class Proposer(Searcher):
     def _new(self) -> tuple[Any, dict[str, Any]]:
         for _ in range(20):
             asked = self.study.ask(self.distributions)
-            config = space.canonical(asked.params)
+            config = space.canonical(
+                {k: next(c for c in self.space[k] if space.plain(c) == v) for k, v in asked.params.items()}
+            )
             if space.key(config) not in self.results:
                 return asked, config
             row = self.results[space.key(config)]
@@ -184,19 +189,22 @@ class CompressionTrial(tune.Trainable):
         }  # fmt: skip
 
     def _compress(self) -> dict[str, Any]:
+        from raydeep.compress import cost
         from raydeep.compress.plan import compress
 
         job = self.job.with_values(self.proposal["values"])
         result = compress(job, self.dense, self.data, self.proposal["seed"], "cuda" if job.scaling.use_gpu else "cpu")
         folder = trial_folder(self.run_path, self.proposal["trial"])
         save_predictions(folder, result.val_predictions, result.test_predictions)
+        if result.sensitivity:
+            write_json(folder / "sensitivity.json", result.sensitivity)
         write_bytes(folder / "model.rdz", result.packed)
         return {
             "val_accuracy": result.val_accuracy,
             "test_accuracy": result.test_accuracy,
             "bytes": len(result.packed),
             "compression_ratio": self.dense_bytes / len(result.packed),
-            "sparsity": result.cost.sparsity,
+            "sparsity": 1 - result.weights.nonzeros / cost.weights(self.dense.tensors).parameters,  # zero or gone
             "parameters": result.cost.parameters,
             "nonzeros": result.cost.nonzeros,
             "artifact_sha256": hashlib.sha256(result.packed).hexdigest(),

@@ -22,7 +22,9 @@ SAVE_FIRST_S = 10.0  # most that a stop waits for a checkpoint: the grace that c
 OnLine = Callable[[dict[str, Any]], None]
 
 
-def train(job: Job, run: Run, data: Any, spec: dict[str, Any], on_line: OnLine | None = None) -> None:
+def train(
+    job: Job, run: Run, data: Any, spec: dict[str, Any], on_line: OnLine | None = None, distill: Any = None
+) -> None:
     """Train the dense model on `scaling.workers` Ray Train workers, resuming from the run's checkpoints.
 
     Args:
@@ -31,6 +33,7 @@ def train(job: Job, run: Run, data: Any, spec: dict[str, Any], on_line: OnLine |
         data: raydeep.data.stream.Shared.
         spec: of the network.
         on_line: called in a thread with each new line of metrics.jsonl and attempts.jsonl.
+        distill: makes, on each worker, the loss that a teacher has a part in (compress/teachers.py: OnWorker), or None.
 
     Raises:
         RaydeepError: what a worker raised.
@@ -46,7 +49,9 @@ def train(job: Job, run: Run, data: Any, spec: dict[str, Any], on_line: OnLine |
             old.unlink()
     trainer = _trainer(workers)(
         worker.work,
-        train_loop_config={"job": job.model_dump(mode="json"), "run": str(run.path), "data": data, "spec": spec},
+        train_loop_config={
+            "job": job.model_dump(mode="json"), "run": str(run.path), "data": data, "spec": spec, "distill": distill,
+        },
         scaling_config=ScalingConfig(
             num_workers=_number(scaling),  # type: ignore[arg-type]
             use_gpu=scaling.use_gpu,

@@ -159,10 +159,13 @@ def _train(job: Job, folder: Path, config: dict[str, Any], watch: Watch, local: 
         if rank == 0:
             append_line(folder / "metrics.jsonl", {"stage": "train", **metrics})
 
+    loss: Any = losses.cross_entropy(cfg.label_smoothing)
+    if config["distill"] is not None:
+        loss = config["distill"](loss, model, data, device)
     NOTICES.saver, NOTICES.ask = saver, watch.folder / "ask"
     fit(
-        model, losses.cross_entropy(cfg.label_smoothing), batches, cfg, seed=job.seed, strategy=strategy,
-        evaluate=score, on_epoch=on_epoch, saver=saver, resume=resume, control=control,
+        model, loss, batches, cfg, seed=job.seed, strategy=strategy, evaluate=score, on_epoch=on_epoch,
+        on_step=getattr(loss, "on_step", None), saver=saver, resume=resume, control=control,
     )  # fmt: skip
 
 
