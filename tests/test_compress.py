@@ -1,4 +1,4 @@
-"""Pruning, quantization, distillation, counting, and the plan that puts them together."""
+"""Quantization, counting, and the plan that puts them together."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from raydeep.compress import cost, pack, plan, prune, quantize
-from raydeep.config import Augment, Job, Prune, Quantize, Train
+from raydeep.compress import cost, pack, plan, quantize
+from raydeep.config import Augment, Job, Quantize, Train
 from raydeep.data.augment import Augmenter
-from raydeep.data.batches import Batches, Micro
+from raydeep.data.batches import Batches
 from raydeep.data.resident import Dataset, Pixels
 from raydeep.model import artifact, layers, zoo
 from raydeep.train import losses
@@ -26,112 +24,9 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def zeros(masks: dict[str, torch.Tensor]) -> int:
-    return sum(int((~mask).sum()) for mask in masks.values())
-
-
-# pruning
-
-
-def random_weights(seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "conv": torch.randn(8, 4, 3, 3, generator=generator),
-        "fc": 0.3 * torch.randn(20, 30, generator=generator),
-    }
-
-
-@given(st.floats(0, 0.98), st.integers(0, 5))
-def test_masks_have_the_sparsity_asked_for_to_the_weight(sparsity, seed):
-    weights = random_weights(seed)
-    masks = prune.magnitude_masks(weights, sparsity)
-    assert zeros(masks) == round(sparsity * (8 * 4 * 9 + 20 * 30))
-    assert {name: mask.shape for name, mask in masks.items()} == {n: w.shape for n, w in weights.items()}
-
-
-def test_the_largest_weights_of_the_whole_network_are_kept():
-    weights = random_weights()
-    masks = prune.magnitude_masks(weights, 0.7)
-    kept = torch.cat([weights[n][m].abs() for n, m in masks.items()])
-    gone = torch.cat([weights[n][~m].abs() for n, m in masks.items()])
-    assert kept.min() >= gone.max()
-    assert masks["conv"].float().mean() > masks["fc"].float().mean()  # its weights are larger
-
-
-def test_no_layer_is_emptied():
-    weights = {"large": torch.randn(1000), "tiny": 1e-6 * torch.randn(3), "small": 1e-3 * torch.randn(250)}
-    masks = prune.magnitude_masks(weights, 0.999)
-    assert {name: int(mask.sum()) for name, mask in masks.items()} == {"large": 10, "tiny": 1, "small": 3}
-    for name, mask in masks.items():  # and what stays of a layer is its largest
-        assert weights[name][mask].abs().min() >= weights[name][~mask].abs().max()
-
-
-def test_ties_are_broken_to_the_weight_and_the_same_each_time():
-    weights = {"a": torch.ones(100), "b": -torch.ones(100)}
-    masks = prune.magnitude_masks(weights, 0.5)
-    assert zeros(masks) == 100
-    again = prune.magnitude_masks(weights, 0.5)
-    assert all(torch.equal(masks[n], again[n]) for n in masks)
-
-
-def test_cubic_schedule_is_that_of_the_paper():
-    assert prune.cubic(0.0, 0.8) == 0.0
-    assert prune.cubic(0.5, 0.8) == pytest.approx(0.8 * (1 - 0.5**3))
-    assert prune.cubic(1.0, 0.8) == 0.8
-    assert prune.cubic(7.0, 0.8) == 0.8
-
-
-def masks_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: layers.part(m, layers.Mask).mask.clone() for n, m in layers.compressible(model)}
-
-
 def small_net() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 5))
-
-
-def test_one_shot_prunes_at_once():
-    model = small_net()
-    assert prune.prepare(model, Prune(sparsity=0.75, schedule="one_shot"), recovers=True) is None
-    assert zeros(masks_of(model)) == 0.75 * 420
-
-
-def test_cubic_without_recovery_is_one_shot():
-    model = small_net()
-    assert prune.prepare(model, Prune(sparsity=0.75, schedule="cubic"), recovers=False) is None
-    assert zeros(masks_of(model)) == 0.75 * 420
-
-
-def test_no_sparsity_adds_no_masks():
-    model = small_net()
-    assert prune.prepare(model, Prune(sparsity=0.0), recovers=True) is None
-    assert layers.part(model[1], layers.Mask) is None
-
-
-@pytest.mark.parametrize("total", [1, 2, 3, 7, 40])
-def test_cubic_tightens_to_the_target_by_half_of_recovery_and_then_holds(total):
-    model = small_net()
-    tighten = prune.prepare(model, Prune(sparsity=0.75, schedule="cubic"), recovers=True)
-    assert tighten is not None
-    assert zeros(masks_of(model)) == 0
-    seen, held = [], []
-    for step in range(total):
-        tighten(step, total)
-        seen.append(zeros(masks_of(model)))
-        if step >= total // 2:
-            held.append(masks_of(model))
-        for parameter in model.parameters():
-            parameter.data.add_(0.3 * torch.randn_like(parameter))
-    assert seen == sorted(seen)
-    assert seen[total // 2 :] == [315] * len(held)
-    assert all(torch.equal(later[n], held[0][n]) for later in held for n in later)
-
-
-def test_cubic_tightens_in_steps_on_the_way():
-    model = small_net()
-    tighten = prune.prepare(model, Prune(sparsity=0.75, schedule="cubic"), recovers=True)
-    tighten(20, 80)
-    assert zeros(masks_of(model)) == round(0.75 * (1 - 0.5**3) * 420)
 
 
 # quantization
