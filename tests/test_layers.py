@@ -185,7 +185,7 @@ def test_parts_of_a_layer_are_found_by_kind():
 
 def test_input_quantizer_acts_on_what_the_layer_reads():
     layer = nn.Linear(3, 2, bias=False)
-    layers.add_input_quant(layer, 2, False, 1.0)
+    layers.add_input_quant(layer, 2, 0, 1.0)
     x = torch.tensor([[0.4, 1.6, 99.0]])
     close(layer(x), torch.tensor([[0.0, 2.0, 3.0]]) @ layer.weight.T)
 

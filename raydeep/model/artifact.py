@@ -54,13 +54,15 @@ def freeze(model: nn.Module, spec: dict[str, Any], fold: bool = True) -> tuple[d
     Args:
         model: built from `spec`, perhaps pruned and quantized since.
         spec: of the network before compression.
-        fold: fold BatchNorm into the convolution before it; the integers do not change, their scale does.
+        fold: fold BatchNorm into the convolution before it; the integers do not change, their scale does. Where
+            steps are powers of two BatchNorm stays: folded, they would be none.
 
     Returns:
         The spec of the compressed network, and its tensors: `L.weight` float32, or `L.weight.q` int8 with
         `L.weight.scale` float32 a channel; everything else by its state-dict name.
     """
     pairs = _foldable(build(spec), model) if fold else []
+    pairs = [pair for pair in pairs if not _has_power_of_two(model.get_submodule(pair[0]))]
     folded = {bn for _, bn in pairs}
     found = dict(layers.compressible(model))
     tensors: Tensors = {}
@@ -81,7 +83,7 @@ def freeze(model: nn.Module, spec: dict[str, Any], fold: bool = True) -> tuple[d
         act = getattr(module, "input_quant", None)
         if act is not None:
             entry["activation"] = {
-                "bits": act.bits, "low": act.low, "step": float(act.step.detach().abs().clamp_min(1e-9)),
+                "bits": act.bits, "low": act.low, "step": float(act.size()),
             }  # fmt: skip
         if entry:
             entries[name] = entry
@@ -90,7 +92,7 @@ def freeze(model: nn.Module, spec: dict[str, Any], fold: bool = True) -> tuple[d
     for name, entry in entries.items():
         act = entry.get("activation")
         if "weight_bits" in entry and act is not None and f"{name}.bias" in tensors:
-            _round_bias(tensors, name, act["step"])
+            _round_bias(tensors, name, act["step"], _has_power_of_two(found[name]))
     covered = set(found) | folded
     for key, value in model.state_dict().items():
         owner = next((c for c in covered if key.startswith(c + ".")), None)
@@ -111,7 +113,12 @@ def bias_integers(bias: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     return (bias.double() / step.double()).round().clamp(-(2.0**31) + 1, 2.0**31 - 1)
 
 
-def _round_bias(tensors: Tensors, name: str, activation_step: float) -> None:
+def _has_power_of_two(module: nn.Module) -> bool:
+    quant = layers.part(module, layers.WeightQuant)
+    return quant is not None and quant.power_of_two
+
+
+def _round_bias(tensors: Tensors, name: str, activation_step: float, power_of_two: bool = False) -> None:
     """Put a layer's bias on its grid. A channel that BatchNorm all but switched off has too fine a grid: it
     becomes its bias alone, on a grid that holds it.
     """
@@ -119,7 +126,10 @@ def _round_bias(tensors: Tensors, name: str, activation_step: float) -> None:
     off = bias.abs() > scale * activation_step * 2.0**30
     integers = tensors[f"{name}.weight.q"]
     tensors[f"{name}.weight.q"] = integers * (~off).to(torch.int8).view(-1, *[1] * (integers.dim() - 1))
-    scale = tensors[f"{name}.weight.scale"] = torch.where(off, bias.abs() / (activation_step * 2.0**20), scale)
+    coarse = bias.abs() / (activation_step * 2.0**20)
+    if power_of_two:
+        coarse = layers.nearest_power(coarse)
+    scale = tensors[f"{name}.weight.scale"] = torch.where(off, coarse, scale)
     step = scale * activation_step
     tensors[f"{name}.bias"] = bias_integers(bias, step).to(step.dtype) * step
 
@@ -180,18 +190,19 @@ def _fold(tensors: Tensors, conv: str, bn: nn.Module) -> None:
     assert bn.running_mean is not None
     assert bn.running_var is not None
     with torch.no_grad():
-        gain = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+        dtype = bn.running_mean.dtype
+        gain = bn.weight.double() / torch.sqrt(bn.running_var.double() + bn.eps)  # rounded once, in the end
         bias = tensors.get(f"{conv}.bias", torch.zeros_like(bn.running_mean))
-        tensors[f"{conv}.bias"] = (bias - bn.running_mean) * gain + bn.bias
+        tensors[f"{conv}.bias"] = ((bias - bn.running_mean.double()) * gain + bn.bias).to(dtype)
         if f"{conv}.weight" in tensors:
             weight = tensors[f"{conv}.weight"]
-            tensors[f"{conv}.weight"] = weight * gain.view(-1, *[1] * (weight.dim() - 1))
+            tensors[f"{conv}.weight"] = (weight * gain.view(-1, *[1] * (weight.dim() - 1))).to(dtype)
             return
         integers = tensors[f"{conv}.weight.q"]
         signs = torch.where(gain < 0, -1, 1).to(torch.int8).view(-1, *[1] * (integers.dim() - 1))
         signs = torch.where(gain.view_as(signs) == 0, 0, signs).to(torch.int8)
         tensors[f"{conv}.weight.q"] = integers * signs
-        scale = tensors[f"{conv}.weight.scale"] * gain.abs()
+        scale = (tensors[f"{conv}.weight.scale"] * gain.abs()).to(dtype)
         tensors[f"{conv}.weight.scale"] = torch.where(gain == 0, tensors[f"{conv}.weight.scale"], scale)
 
 
