@@ -20,6 +20,10 @@ class ModelError(RaydeepError):
     """A network or a model folder can't be built or loaded."""
 
 
+class ArtifactError(ModelError):
+    """A packed or exported model file is broken, cut off or tampered with."""
+
+
 class TrainError(RaydeepError):
     """Training can't go on (a loss that is not finite, for instance)."""
 
