@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import html
 import io
 import logging
 import os
 import secrets
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,16 @@ import onnx
 import torch
 from torch import nn
 
-from raydeep.compress import cost, pack
+from raydeep.compress import pack
+from raydeep.config import Export
 from raydeep.data.augment import to_input
-from raydeep.deploy import onnx_graph
+from raydeep.deploy import calibrate, forms, integers, onnx_graph
+from raydeep.deploy.card import card
+from raydeep.deploy.integers import Target
 from raydeep.errors import ExportError
 from raydeep.model import artifact
-from raydeep.run import write_bytes
+from raydeep.model.artifact import Tensors
+from raydeep.run import read_json, write_bytes, write_json
 
 OPSET = 21
 
@@ -40,22 +44,32 @@ class Deployed(nn.Module):
         return self.net(to_input(images, self.mean, self.std))
 
 
-def write_model(folder: Path, packed: bytes, formats: tuple[str, ...] = ("onnx",)) -> None:
+def write_model(
+    folder: Path,
+    packed: bytes,
+    formats: tuple[str, ...] = ("onnx",),
+    *,
+    sample: forms.Sample | None = None,
+    cfg: Export | None = None,
+) -> None:
     """Write the model folder of packed bytes, under its final name only when whole.
 
     Args:
         folder: final name; replaced if it exists.
         packed: see compress/pack.py.
         formats: runtime formats beside the packed file.
+        sample: pictures that choose the form of the ONNX file, see forms.py; without them it is the exact one.
+        cfg: the export section.
     """
     spec, tensors = pack.unpack(packed)
+    cfg = cfg or Export()
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(3)}.part")
     aside.mkdir(parents=True)
     try:
         write_bytes(aside / "model.rdz", packed)
         artifact.save_model(aside, spec, tensors)
         if "onnx" in formats:
-            write_bytes(aside / "model.onnx", to_onnx(spec, tensors))
+            _write_onnx(aside, spec, tensors, cfg.target, sample, cfg.batch_sizes[0])
         write_bytes(aside / "README.md", card(spec, tensors, aside).encode())
         artifact.write_sums(aside)
         shutil.rmtree(folder, ignore_errors=True)
@@ -64,30 +78,106 @@ def write_model(folder: Path, packed: bytes, formats: tuple[str, ...] = ("onnx",
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def to_onnx(spec: dict[str, Any], tensors: dict[str, torch.Tensor]) -> bytes:
+def make_exact(folder: Path) -> bool:
+    """Write the ONNX file of a model folder anew in its exact form; False if it is that already."""
+    if not (folder / "export.json").is_file():
+        return False
+    facts = read_json(folder / "export.json")
+    spec, tensors = pack.unpack((folder / "model.rdz").read_bytes())
+    if facts["form"] == "exact" or not _integer_layers(spec):
+        return False
+    write_bytes(folder / "model.onnx", to_onnx(spec, tensors, target=facts["target"]))
+    facts["forms"].setdefault(facts["form"], {})["refused"] = "in a clean process it did not pass the gate"
+    write_json(folder / "export.json", {**facts, "form": "exact"})
+    write_bytes(folder / "README.md", card(spec, tensors, folder).encode())
+    artifact.write_sums(folder)
+    return True
+
+
+def _write_onnx(
+    folder: Path, spec: dict[str, Any], tensors: Tensors, target: Target, sample: forms.Sample | None, batch_size: int
+) -> None:
+    facts: dict[str, Any] = {}
+    if sample is None or not _integer_layers(spec):
+        chosen, data = "exact" if _integer_layers(spec) else "float", to_onnx(spec, tensors, target=target)
+    else:
+        candidates = to_forms(spec, tensors, target, sample.calibration)
+        chosen, facts = forms.choose(candidates, sample, target, batch_size)
+        data = candidates[chosen]
+    write_bytes(folder / "model.onnx", data)
+    write_json(
+        folder / "export.json", {"form": chosen, "target": target, "batch_size": batch_size, "forms": facts}
+    )  # fmt: skip
+
+
+def to_onnx(
+    spec: dict[str, Any], tensors: Tensors, *, target: Target = "avx2", pictures: np.ndarray | None = None
+) -> bytes:
     """The frozen network as ONNX: integer kernels where weights and activations are quantized.
 
     Layers that the integer graph can't take keep their rounding as float operations: the same numbers, slower.
+
+    Args:
+        spec: of the frozen network.
+        tensors: of the frozen network.
+        target: see export.target.
+        pictures: uint8 NHWC to calibrate the whole form on; without them it is the exact form (see integers.py).
     """
-    layers = {name: e for name, e in spec["layers"].items() if "activation" in e and "weight_bits" in e}
+    layers, plain, arrays = _plain(spec, tensors)
+    if pictures is not None and layers:
+        _whole(plain, layers, arrays, target, pictures)
+    else:
+        integers.exact(plain, layers, arrays, target)
+    return onnx_graph.to_bytes(plain)
+
+
+def to_forms(spec: dict[str, Any], tensors: Tensors, target: Target, pictures: np.ndarray) -> dict[str, bytes]:
+    """All forms of a quantized network: name → ONNX bytes. Arguments as in `to_onnx`."""
+    layers, plain, arrays = _plain(spec, tensors)
+    makers: dict[str, Callable[[onnx.ModelProto], None]] = {
+        "whole": lambda model: _whole(model, layers, arrays, target, pictures),
+        "exact": lambda model: integers.exact(model, layers, arrays, target),
+        "float": lambda model: integers.floating(model, layers, target),
+    }
+    found = {}
+    for name, make in makers.items():
+        model = onnx.ModelProto()
+        model.CopyFrom(plain)
+        make(model)
+        found[name] = onnx_graph.to_bytes(model)
+    return found
+
+
+def _whole(
+    model: onnx.ModelProto, layers: dict[str, Any], arrays: dict[str, np.ndarray], target: Target, pictures: np.ndarray
+) -> None:
+    grids = calibrate.grids(model, integers.places(model, layers), pictures, target)
+    integers.whole(model, layers, arrays, target, grids)
+
+
+def _integer_layers(spec: dict[str, Any]) -> dict[str, Any]:
+    return {name: e for name, e in spec["layers"].items() if "activation" in e and "weight_bits" in e}
+
+
+def _plain(spec: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], onnx.ModelProto, dict[str, np.ndarray]]:
+    """Layers that the integer graph can take, the float graph in which the others keep their rounding, arrays."""
+    layers = _integer_layers(spec)
     plain = _export(spec, tensors, keep_rounding=set(spec["layers"]) - set(layers))
-    if not layers:
-        return onnx_graph.to_bytes(plain)
     weights = {n: _dequantized(tensors, n) for n in layers}
     found = onnx_graph.quantizable(plain, layers, weights)
     if found != set(layers):
         plain = _export(spec, tensors, keep_rounding=set(spec["layers"]) - found)
         found &= onnx_graph.quantizable(plain, layers, weights)
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    return onnx_graph.to_bytes(onnx_graph.to_integers(plain, {n: layers[n] for n in layers if n in found}, arrays))
+    return {n: layers[n] for n in layers if n in found}, plain, arrays
 
 
-def _dequantized(tensors: dict[str, torch.Tensor], name: str) -> np.ndarray:
+def _dequantized(tensors: Tensors, name: str) -> np.ndarray:
     integers, scale = tensors[f"{name}.weight.q"], tensors[f"{name}.weight.scale"]
     return (integers.float() * scale.view(-1, *[1] * (integers.dim() - 1))).numpy()
 
 
-def _export(spec: dict[str, Any], tensors: dict[str, torch.Tensor], keep_rounding: set[str]) -> onnx.ModelProto:
+def _export(spec: dict[str, Any], tensors: Tensors, keep_rounding: set[str]) -> onnx.ModelProto:
     """The float graph; only the layers named keep the rounding of their input."""
     net = artifact.thaw(spec, tensors)
     for name in spec["layers"]:
@@ -135,39 +225,3 @@ def _fix_pools(net: nn.Module, example: torch.Tensor) -> None:
     for name, size in sizes.items():
         parent, _, leaf = name.rpartition(".")
         setattr(net.get_submodule(parent), leaf, nn.AvgPool2d(size))
-
-
-def card(spec: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path) -> str:
-    """The model card: what it is, how to run it, what it costs."""
-    counted = cost.count(tensors)
-    bits = sorted({e.get("weight_bits") for e in spec["layers"].values()} - {None})
-    height, width, channels = spec["input"]
-    files = "\n".join(f"| `{p.name}` | {p.stat().st_size:,} |" for p in sorted(folder.glob("model.*")))
-    return f"""# {spec["model"]["name"]}, {len(spec["classes"])} classes
-
-Made by raydeep. Input: uint8 pictures of shape [N, {height}, {width}, {channels}] \
-({"grey" if channels == 1 else "RGB"}); the normalisation is inside. Output: logits of shape \
-[N, {len(spec["classes"])}].
-
-{counted.parameters:,} parameters, {counted.sparsity:.1%} zeros, weight bits: \
-{", ".join(map(str, bits)) or "float32"}. Accuracy and latency, as measured in a clean process: `verify.json`.
-
-| file | bytes |
-| --- | ---: |
-{files}
-
-```python
-import json, numpy, onnxruntime
-from PIL import Image, ImageOps
-
-spec = json.load(open("spec.json"))
-height, width, channels = spec["input"]
-picture = Image.open("picture.png").convert("L" if channels == 1 else "RGB")
-picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
-pixels = numpy.asarray(picture, "uint8").reshape(1, height, width, channels)
-logits = onnxruntime.InferenceSession("model.onnx").run(None, {{"images": pixels}})[0]
-print(spec["classes"][logits.argmax()])
-```
-
-Classes: {", ".join(html.escape(" ".join(name.split())) for name in spec["classes"])}
-"""

@@ -1,8 +1,4 @@
-"""Turns the float ONNX graph of a frozen network into an integer one (QDQ), number for number.
-
-onnxruntime runs DequantizeLinear → Conv/Gemm → QuantizeLinear in integer kernels. Weights keep their integers;
-activations are uint8 with the learned step, and a Clip where they have fewer than 8 bits.
-"""
+"""An ONNX graph with look-ups, and where the layers of a frozen network stand in it."""
 
 from __future__ import annotations
 
@@ -10,71 +6,90 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from raydeep.model.artifact import bias_integers
 
-MOVES = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")  # commute with quantization
+class Graph:
+    """A GraphProto with look-ups. New nodes are collected, and put in their places by `rebuild`."""
 
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.proto: Any = model.graph
+        for i, node in enumerate(self.proto.node):
+            node.name = f"n{i}"
+        self.constants = {i.name: i for i in self.proto.initializer}
+        self.outputs = {o.name for o in self.proto.output}
+        self._producer = {name: node for node in self.proto.node for name in node.output}
+        self._readers: dict[str, list[Any]] = {}
+        for node in self.proto.node:
+            for name in dict.fromkeys(node.input):
+                self._readers.setdefault(name, []).append(node)
+        self._before: dict[str, list[Any]] = {}  # node name → nodes to place before it
+        self._after: dict[str, list[Any]] = {}
 
-class _Graph:
-    """A GraphProto with look-ups."""
-
-    def __init__(self, graph: Any) -> None:
-        self.graph = graph
-        self.weights = {i.name: i for i in graph.initializer}
-        self.before: dict[str, list[Any]] = {}  # node name → nodes to place before it
-        self.after: dict[str, list[Any]] = {}
+    @property
+    def nodes(self) -> list[Any]:
+        """Nodes of the graph as it came, in order."""
+        return list(self.proto.node)
 
     def producer(self, tensor: str) -> Any:
-        return next((n for n in self.graph.node if tensor in n.output), None)
+        """The node that makes a tensor; None for inputs and constants."""
+        return self._producer.get(tensor)
 
-    def consumers(self, tensor: str) -> list[Any]:
-        return [n for n in self.graph.node if tensor in n.input]
+    def readers(self, tensor: str) -> list[Any]:
+        """The nodes that read a tensor, of the graph as it came."""
+        return self._readers.get(tensor, [])
+
+    def value(self, name: str) -> np.ndarray | None:
+        """A constant's values; None where the tensor is no constant."""
+        proto, node = self.constants.get(name), self.producer(name)
+        if proto is None and node is not None and node.op_type == "Constant" and node.attribute[0].name == "value":
+            proto = node.attribute[0].t
+        return None if proto is None else numpy_helper.to_array(proto)
 
     def constant(self, name: str, values: np.ndarray) -> str:
-        if name not in self.weights:
-            proto = numpy_helper.from_array(values, name)
-            self.graph.initializer.append(proto)
-            self.weights[name] = self.graph.initializer[-1]
+        """Add a constant, once a name."""
+        if name not in self.constants:
+            self.proto.initializer.append(numpy_helper.from_array(values, name))
+            self.constants[name] = self.proto.initializer[-1]
         return name
 
+    def before(self, node: Any, *new: Any) -> None:
+        """Place nodes before one."""
+        self._before.setdefault(node.name, []).extend(new)
+
+    def after(self, node: Any, *new: Any) -> None:
+        """Place nodes after one."""
+        self._after.setdefault(node.name, []).extend(new)
+
+    def redirect(self, node: Any, old: str, new: str) -> None:
+        """Let a node read another tensor."""
+        for i, name in enumerate(node.input):
+            if name == old:
+                node.input[i] = new
+
     def rebuild(self) -> None:
-        """Put the new nodes where they belong, drop weights that nothing reads."""
-        ordered = [
-            n
-            for node in self.graph.node
-            for n in (*self.before.get(node.name, []), node, *self.after.get(node.name, []))
-        ]
-        del self.graph.node[:]
-        self.graph.node.extend(ordered)
-        read = {i for node in ordered for i in node.input} | {o.name for o in self.graph.output}
-        kept = [i for i in self.graph.initializer if i.name in read]
-        del self.graph.initializer[:]
-        self.graph.initializer.extend(kept)
+        """Put the new nodes where they belong; drop the nodes and constants that nothing reads."""
+        ordered = [n for node in self.proto.node for n in (*self._around(node),)]
+        needed, kept = set(self.outputs), []
+        for node in reversed(ordered):
+            if needed & set(node.output):
+                kept.append(node)
+                needed |= set(node.input)
+        kept.reverse()
+        del self.proto.node[:]
+        self.proto.node.extend(kept)
+        constants = [i for i in self.proto.initializer if i.name in needed]
+        del self.proto.initializer[:]
+        self.proto.initializer.extend(constants)
+
+    def _around(self, node: Any) -> list[Any]:
+        return [*self._before.get(node.name, []), node, *self._after.get(node.name, [])]
 
 
-def quantizable(model: onnx.ModelProto, layers: dict[str, Any], weights: dict[str, np.ndarray]) -> set[str]:
-    """Names of the layers whose node and untouched weight are in the graph.
-
-    Args:
-        model: the float graph; the weight of layer L is called `net.L.weight`.
-        layers: layer name → entry of the spec.
-        weights: layer name → float32 weight, as it must stand in the graph.
-    """
-    graph = _Graph(model.graph)
-    found = set()
-    for name in layers:
-        node, key = _node(graph, name), f"net.{name}.weight"
-        if node is not None and np.array_equal(numpy_helper.to_array(graph.weights[key]), weights[name]):
-            found.add(name)
-    return found
-
-
-def _node(graph: _Graph, layer: str) -> Any:
-    readers = graph.consumers(f"net.{layer}.weight")
-    if len(readers) != 1 or f"net.{layer}.weight" not in graph.weights:
+def layer_node(graph: Graph, layer: str) -> Any:
+    """The Conv or Gemm of a layer, whose weight is called `net.LAYER.weight`; None if it has none of its own."""
+    readers = graph.readers(f"net.{layer}.weight")
+    if len(readers) != 1 or f"net.{layer}.weight" not in graph.constants:
         return None
     node = readers[0]
     if node.input[1] != f"net.{layer}.weight" or node.op_type not in ("Conv", "Gemm"):
@@ -85,71 +100,20 @@ def _node(graph: _Graph, layer: str) -> Any:
     return node
 
 
-def to_integers(model: onnx.ModelProto, layers: dict[str, Any], tensors: dict[str, np.ndarray]) -> onnx.ModelProto:
-    """Quantize the layers of a float graph that have both weight and activation bits.
+def quantizable(model: onnx.ModelProto, layers: dict[str, Any], weights: dict[str, np.ndarray]) -> set[str]:
+    """Names of the layers whose node and untouched weight are in the graph.
 
     Args:
-        model: the float graph, changed in place.
-        layers: layer name → {"weight_bits", "activation": {"bits", "low", "step"}}.
-        tensors: `L.weight.q` int8, `L.weight.scale` float32, `L.bias` float32 of those layers.
+        model: the float graph.
+        layers: layer name → entry of the spec.
+        weights: layer name → float32 weight, as it must stand in the graph.
     """
-    for i, node in enumerate(model.graph.node):
-        node.name = f"n{i}"
-    graph = _Graph(model.graph)
-    for name, entry in layers.items():
-        node = _node(graph, name)
-        act = entry["activation"]
-        integers, scale = tensors[f"{name}.weight.q"], tensors[f"{name}.weight.scale"]
-        new = []
-        # 8-bit weights times 8-bit activations overflow the 16-bit sums of processors without VNNI unless both
-        # are unsigned; every narrower pair is exact
-        unsigned = entry["weight_bits"] == 8 and act["bits"] == 8
-        stored = (integers.astype(np.int16) + 128).astype(np.uint8) if unsigned else integers
-        zero = np.full(len(scale), 128 if unsigned else 0, stored.dtype)
-        new.append(helper.make_node(
-            "DequantizeLinear",
-            [graph.constant(f"{name}.q", stored), graph.constant(f"{name}.scale", scale),
-             graph.constant(f"{name}.zero", zero)],
-            [f"{name}.weight.dq"], name=f"{name}.dq_weight", axis=0,
-        ))  # fmt: skip
-        node.input[1] = f"{name}.weight.dq"
-        if len(node.input) > 2 and node.input[2]:
-            step = scale * np.float32(act["step"])
-            bias = bias_integers(torch.from_numpy(tensors[f"{name}.bias"]), torch.from_numpy(step)).numpy()
-            new.append(helper.make_node(
-                "DequantizeLinear",
-                [graph.constant(f"{name}.bias.q", bias.astype(np.int32)), graph.constant(f"{name}.bias.scale", step)],
-                [f"{name}.bias.dq"], name=f"{name}.dq_bias", axis=0,
-            ))  # fmt: skip
-            node.input[2] = f"{name}.bias.dq"
-        graph.before.setdefault(node.name, []).extend(new)
-        _quantize_input(graph, node, name, act)
-    graph.rebuild()
-    return model
-
-
-def _quantize_input(graph: _Graph, node: Any, name: str, act: dict[str, Any]) -> None:
-    """Quantize before the layer, and again above the moves before it, so that integers flow through them."""
-    chain = [node]
-    while True:
-        source = graph.producer(chain[-1].input[0])
-        if source is None or source.op_type not in MOVES or len(graph.consumers(source.output[0])) != 1:
-            break
-        chain.append(source)
-    low, high = act["low"], act["low"] + 2 ** act["bits"] - 1
-    scale = graph.constant(f"{name}.in.scale", np.array(act["step"], np.float32))
-    zero = graph.constant(f"{name}.in.zero", np.array(-low, np.uint8))
-    for depth, member in enumerate(chain):
-        key = f"{name}.in{depth}"
-        nodes = [helper.make_node("QuantizeLinear", [member.input[0], scale, zero], [f"{key}.q"], name=f"{key}.q")]
-        quantized = f"{key}.q"
-        if act["bits"] < 8 and depth == len(chain) - 1:  # on integers, so that the layer before still ends in them
-            top = graph.constant(f"{name}.in.max", np.array(high - low, np.uint8))
-            nodes.append(helper.make_node("Clip", [quantized, "", top], [f"{key}.clip"], name=f"{key}.clip"))
-            quantized = f"{key}.clip"
-        nodes.append(helper.make_node("DequantizeLinear", [quantized, scale, zero], [f"{key}.dq"], name=f"{key}.dq"))
-        member.input[0] = f"{key}.dq"
-        graph.before.setdefault(member.name, []).extend(nodes)
+    graph, found = Graph(model), set()
+    for name in layers:
+        weight = graph.value(f"net.{name}.weight")
+        if layer_node(graph, name) is not None and weight is not None and np.array_equal(weight, weights[name]):
+            found.add(name)
+    return found
 
 
 def to_bytes(model: onnx.ModelProto) -> bytes:

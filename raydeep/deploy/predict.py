@@ -10,7 +10,7 @@ import numpy as np
 
 from raydeep.data import decode
 from raydeep.data.sources import SUFFIXES
-from raydeep.deploy.verify import open_onnx
+from raydeep.deploy.runtimes import open_onnx
 from raydeep.errors import DataError, ModelError
 from raydeep.run import check_sums, read_json
 
