@@ -38,7 +38,7 @@ class Session:
 def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: Ui) -> Session:
     """Check everything that can be checked, make the run folder, start Ray, load the data."""
     from raydeep.compress import plan as recipe
-    from raydeep.deploy import verify
+    from raydeep.deploy import runtimes
     from raydeep.model import artifact
     from raydeep.train import cluster
 
@@ -52,7 +52,7 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: 
 
         export.to_onnx(*artifact.freeze(model.eval(), spec, fold=False))
     recipe.check(job, spec)
-    verify.check_runtimes(job.export)
+    runtimes.check_runtimes(job.export)
     fresh = run is None
     run = run or Run.create(job, command)
     stack.enter_context(run.locked())

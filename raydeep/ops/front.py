@@ -32,13 +32,10 @@ def _finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> No
         candidates = [_candidate(run, "dense")]
         for i, row in enumerate(chosen):
             stage.update(i, len(chosen), f"model t{row['trial']:03d}")
-            candidates.append(export_trial(run, row["trial"]))
+            candidates.append(export_trial(run, row["trial"], data))
         stage.text = f"{len(chosen)} models of the front" if chosen else "the dense model"
     with ui.stage("verify") as stage:
-        facts = verify.verify(
-            candidates, run.model("dense"), data, rounds=run.job.export.latency_rounds,
-            batch_size=run.job.export.batch_sizes[0],
-        )  # fmt: skip
+        facts = verify.verify(candidates, run.model("dense"), data, cfg=run.job.export)
         good = [row for row in chosen if facts[f"t{row['trial']:03d}"]["verified"]]
         bad = [f"t{row['trial']:03d}" for row in chosen if row not in good]
         sound = len(good) + facts["dense"]["verified"]
@@ -57,10 +54,7 @@ def _finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> No
     ui.front(front["dense"], front["models"])
     ui.say("")
     for label in bad:
-        ui.say(
-            f"left out: {label}: in a clean process {facts[label]['packed_differ']} predictions of the packed file and "
-            f"{facts[label]['onnx_differ']} of the ONNX file differ, of {facts[label]['rows']}"
-        )
+        ui.say(f"left out: {label}: {facts[label]['refused']}; see {facts[label]['folder']}")
     if not facts["dense"]["verified"]:
         raise RaydeepError(
             f"{run.model('dense')}: the network does not predict the same in a clean process; does it draw random "
@@ -88,13 +82,13 @@ def _candidate(run: Run, label: str) -> Candidate:
     return Candidate(run.model(label), found["val"], found["test"])
 
 
-def export_trial(run: Run, trial: int) -> Candidate:
-    """Write the model folder of a trial.
+def export_trial(run: Run, trial: int, data: Dataset) -> Candidate:
+    """Write the model folder of a trial; the form of its ONNX file is chosen on pictures of `data`.
 
     Raises:
         RaydeepError: the run has no such trial.
     """
-    from raydeep.deploy import export
+    from raydeep.deploy import export, forms
 
     label = f"t{trial:03d}"
     file = run.path / "trials" / label / "model.rdz"
@@ -103,8 +97,10 @@ def export_trial(run: Run, trial: int) -> Candidate:
     rows = [row for row in read_lines(run.path / "ledger.jsonl") if row.get("trial") == trial]
     if rows and rows[-1].get("artifact_sha256") != sha256_file(file):
         raise RaydeepError(f"{file}: not the file that trial {trial} wrote (its sha256 differs from the ledger's)")
-    export.write_model(run.model(label), file.read_bytes())
-    return _candidate(run, label)
+    candidate = _candidate(run, label)
+    sample = forms.sample(data, candidate.val_predictions)
+    export.write_model(run.model(label), file.read_bytes(), sample=sample, cfg=run.job.export)
+    return candidate
 
 
 def front_row(run: Run, label: str, trial: dict[str, Any] | None, facts: dict[str, Any]) -> dict[str, Any]:
@@ -163,17 +159,11 @@ def export(run: Run, trial: int, ui: Ui) -> Path:
 
     dataset = Path(read_json(run.path / "provenance.json").get("dataset", {}).get("path", ""))
     with run.locked(), ui.stage("export") as stage:
-        candidate = export_trial(run, trial)
         data = splits.read_dataset(shards.load_manifest(dataset, check_hashes=True), run.job.data)
-        facts = verify.verify(
-            [candidate], run.model("dense"), data, rounds=run.job.export.latency_rounds,
-            batch_size=run.job.export.batch_sizes[0],
-        )[candidate.folder.name]  # fmt: skip
+        candidate = export_trial(run, trial, data)
+        facts = verify.verify([candidate], run.model("dense"), data, cfg=run.job.export)[candidate.folder.name]
         if not facts["verified"]:
-            raise RaydeepError(
-                f"{candidate.folder}: {facts['packed_differ']} packed and {facts['onnx_differ']} ONNX predictions "
-                f"of {facts['rows']} differ from the trial's; don't deploy it"
-            )
+            raise RaydeepError(f"{facts['folder']}: {facts['refused']}; don't deploy it")
         stage.text = (
             f"{candidate.folder.name}: {facts['test_accuracy']:.2%} test accuracy, {facts['bytes']:,} bytes, "
             f"{facts['latency_ratio']:.2f}× the speed of the dense model"
