@@ -40,9 +40,9 @@ WORDS = (
     b'"classifier.features.layer1.0.conv1.bn1.shortcut.0fc1.stem.net.true,"args":{"width":},"classes":["cat","dog",'
     b'"airplane","0","1","2","3","4","5","6","7","8","9"],"mean":[0.485,0.456,0.406],"std":[0.229,0.224,0.225],'
     b'"folded":[["resnet18","cnn_small[{"version":1,"model":{"name":"lenet_300_100","args":{}},"classes":["0","1","2",'
-    b'"3","4","5","6","7","8","9"],"input":[28,28,1],"mean":[0.130],"std":[0.308],"folded":[],"layers":{"0":{'
-    b'"weight_bits":4,"activation":{"bits":8,"signed":false,"step":0.0}},"3":{"weight_bits":4,"activation":{"bits":8,'
-    b'"signed":false,"step":0.1}}}},[["0.weight.q","int8",[300,784],"sparse",1],["0.weight.scale","float32",[300],'
+    b'"3","4","5","6","7","8","9"],"input":[28,28,1],"mean":[0.130],"std":[0.308],"widths":{},"folded":[],"layers":{'
+    b'"0":{"weight_bits":4,"activation":{"bits":8,"low":-128,"step":0.0}},"3":{"weight_bits":4,"activation":{"bits":8,'
+    b'"low":0,"step":0.1}}}},[["0.weight.q","int8",[300,784],"sparse",1],["0.weight.scale","float32",[300],'
     b'"dense",1],["0.bias","float32",[300],"grid",3]]]'
 )
 
