@@ -250,7 +250,7 @@ def test_statistics_of_batchnorm_are_those_of_the_train_split_in_the_end(job, di
     stale = plan.Dense(*artifact.freeze(model, spec, fold=False))
     result = plan.compress(job.with_values({"recover.epochs": 0}), stale, digits, seed=5)
     before = plan.predictions(model, digits, digits.test, 512)
-    calibration = plan.calibration_batches(digits, job.quantize.calibration_rows, seed=5)
+    calibration = [x for x, _ in plan.calibration_batches(digits, job.quantize.calibration_rows, seed=5)]
     quantize.reestimate_batchnorm(model, calibration)
     expected = plan.predictions(model, digits, digits.test, 512)
     assert np.mean(result.test_predictions == expected) > 0.98
@@ -260,7 +260,7 @@ def test_statistics_of_batchnorm_are_those_of_the_train_split_in_the_end(job, di
 @pytest.mark.parametrize("rows", [1, 255, 257, 520])
 def test_calibration_batches_weigh_every_row_alike(digits, rows):
     # BatchNorm takes the mean over batches, and can't take one row of 1×1 maps: no small batch is left over
-    sizes = [len(images) for images in plan.calibration_batches(digits, rows, seed=0)]
+    sizes = [len(images) for images, _ in plan.calibration_batches(digits, rows, seed=0)]
     assert sum(sizes) == rows
     assert min(sizes) > 0.95 * max(sizes)
     assert max(sizes) <= plan.CALIBRATION_BATCH
@@ -268,7 +268,9 @@ def test_calibration_batches_weigh_every_row_alike(digits, rows):
 
 def test_calibration_rows_are_a_seeded_choice_of_the_train_split(digits):
     labelled = Dataset(**{**digits._asdict(), "mean": [0.0], "std": [1.0]})
-    first, same, other = (torch.cat(plan.calibration_batches(labelled, 100, seed)) for seed in (0, 0, 1))
+    first, same, other = (
+        torch.cat([x for x, _ in plan.calibration_batches(labelled, 100, seed)]) for seed in (0, 0, 1)
+    )
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
     train = {row.tobytes() for row in digits.train.images}
@@ -278,4 +280,4 @@ def test_calibration_rows_are_a_seeded_choice_of_the_train_split(digits):
 
 def test_more_calibration_rows_than_there_are_take_all(digits):
     small = digits._replace(train=Pixels(digits.train.images[:30], digits.train.labels[:30]))
-    assert sum(len(b) for b in plan.calibration_batches(small, 512, seed=0)) == 30
+    assert sum(len(x) for x, _ in plan.calibration_batches(small, 512, seed=0)) == 30
