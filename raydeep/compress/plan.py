@@ -159,7 +159,7 @@ class _Steps:
                     **self.dense.spec,
                     "widths": narrow.difference(artifact.build(self.dense.spec), self.model),
                 }
-            if pruner is not None:
+            if pruner is not None and k:
                 pruner.start(k)
             if cfg.active:
                 quantize.reestimate_batchnorm(self.model, self.inputs)

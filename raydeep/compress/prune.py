@@ -25,7 +25,8 @@ Labelled = Sequence[tuple[torch.Tensor, torch.Tensor]]  # network inputs, float 
 # Each layer keeps 1% of its weights, or a fifth of the density that is asked for, whichever is less (it binds below 5%:
 # networks are pruned to 99.5% and more), and one weight at least. A layer pruned to nothing cuts the network.
 KEEP_SHARE, KEEP_OF_DENSITY = 0.01, 0.2
-EVERY = 5  # steps between two tightenings of the cubic schedule
+EVERY = 5  # least steps between two tightenings of the cubic schedule
+MOST = 150  # tightenings, at most: each sorts all weights
 EVERY_GRADIENTS = 20  # and where each costs a pass over the calibration batches
 
 
@@ -296,7 +297,8 @@ class Pruner:
     def _tighten(self, step: int, total: int) -> None:
         last = total // 2
         gradients = self.cfg.score == "taylor"
-        if step > last or (step % (EVERY_GRADIENTS if gradients else EVERY) and step != last):
+        every = max(EVERY_GRADIENTS if gradients else EVERY, last // MOST)
+        if step > last or (step % every and step != last):
             return
         share = step / last if last else 1.0
         if self.cfg.pattern is not None:
