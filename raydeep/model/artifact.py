@@ -19,7 +19,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from raydeep.errors import ModelError
-from raydeep.model import layers, zoo
+from raydeep.model import layers, narrow, zoo
 from raydeep.run import check_sums, read_json, write_bytes, write_json, write_sums
 
 __all__ = ["build", "check_sums", "freeze", "load_model", "make_spec", "predict", "save_model", "thaw", "write_sums"]
@@ -36,16 +36,28 @@ def make_spec(
     mean: list[float],
     std: list[float],
 ) -> dict[str, Any]:
-    """The spec of an uncompressed network; `input` is height, width, channels."""
+    """The spec of an uncompressed network.
+
+    `input` is height, width, channels. `widths` holds the sizes of layers that lost channels (narrow.difference).
+    """
     return {
         "version": SPEC_VERSION, "model": {"name": name, "args": args}, "classes": classes, "input": list(shape),
-        "mean": mean, "std": std, "folded": [], "layers": {},
+        "mean": mean, "std": std, "widths": {}, "folded": [], "layers": {},
     }  # fmt: skip
 
 
 def build(spec: dict[str, Any]) -> nn.Module:
-    """The network of a spec, freshly initialised, uncompressed."""
-    return zoo.build(spec["model"]["name"], spec["model"]["args"], len(spec["classes"]), tuple(spec["input"]))
+    """The network of a spec, as narrow as it says, freshly initialised, neither pruned nor quantized.
+
+    Raises:
+        ModelError: the network can't be built, or its widths do not fit it or each other.
+    """
+    name, classes, shape = spec["model"]["name"], len(spec["classes"]), tuple(spec["input"])
+    model = zoo.build(name, spec["model"]["args"], classes, shape)
+    if widths := spec.get("widths"):
+        narrow.apply(model, widths)
+        zoo._check_shape(model, name, classes, shape)
+    return model
 
 
 def freeze(model: nn.Module, spec: dict[str, Any], fold: bool = True) -> tuple[dict[str, Any], Tensors]:
