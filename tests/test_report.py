@@ -174,7 +174,20 @@ def front_row(row: dict, rng: random.Random) -> dict:
         "packed_differ": 0,
         "onnx_differ": 0,
         "rows": 360,
+        "layers": layer_rows(config["quantize.weight_bits"], row["sparsity"]),
+        "sensitivity": {"conv<1>": {"2": 0.5, "8": 0.0}},
     }
+
+
+def layer_rows(bits: int, sparsity: float) -> list[dict]:
+    return [
+        {
+            "layer": name, "shape": shape, "parameters": math.prod(shape), "macs": 100 * math.prod(shape),
+            "nonzeros": round(math.prod(shape) * (1 - sparsity)), "weight_bits": bits, "activation_bits": None,
+            "bytes": math.prod(shape) * bits // 8,
+        }
+        for name, shape in (("conv<1>", [32, 1, 3, 3]), ("fc", [10, 128]))
+    ]  # fmt: skip
 
 
 def dump(path: Path, value: object) -> None:
@@ -260,6 +273,22 @@ def test_front_table_has_every_model_and_leads_to_its_point(run_dir: Path, page:
     assert linked[0] == -1
     assert sorted(labels) == sorted(row["label"] for row in front["models"])
     assert all(attrs["tabindex"] == "0" for _, attrs in page.of("tr") if "data-point" in attrs)
+
+
+def test_layers_of_every_model_are_drawn_and_those_of_the_first_stand_in_the_table(run_dir: Path, page: Page) -> None:
+    models = json.loads((run_dir / "front.json").read_text())["models"]
+    drawn = page.data["layers"]
+    assert sorted(m["label"] for m in drawn) == sorted(m["label"] for m in models)
+    assert [m["bits"] for m in drawn] == [[b, b] for b in (_bits_of(models, m["label"]) for m in drawn)]
+    assert drawn[0]["loss"] == [{"2": 0.5, "8": 0}, {}]
+    rows = {row[0]: row for row in page.rows if row[0] in ("conv<1>", "fc")}
+    bits = _bits_of(models, drawn[0]["label"])
+    assert rows["conv<1>"][1:4] == ["32×1×3×3", "288", "28,800"]
+    assert rows["fc"][5:] == [str(bits), "float", f"{1280 * bits // 8:,}"]
+
+
+def _bits_of(models: list[dict], label: str) -> int:
+    return next(m["weight_bits"] for m in models if m["label"] == label)
 
 
 def test_page_is_whole_and_loads_nothing(run_dir: Path, page: Page) -> None:
@@ -465,6 +494,12 @@ seen.by_plot = current();
 document.querySelector("[data-accuracy=test_accuracy]").click();
 seen.test_title = plot.layout.yaxis.title.text;
 seen.test_y = plot.data[1].y;
+const layers = document.getElementById("layers-of"), layerPlot = document.getElementById("plot-layers");
+layers.value = "1";
+layers.dispatchEvent(new Event("change"));
+seen.layers = [layers.options[1].textContent, layerPlot.data[0].y,
+  [...document.querySelectorAll("#layers-table tbody tr")].map((row) => row.children[5].textContent),
+  layerPlot.querySelectorAll(".barlayer .point").length];
 window.dispatchEvent(new Event("beforeprint"));
 window.dispatchEvent(new Event("afterprint"));
 seen.plots = document.querySelectorAll(".js-plotly-plot").length;
@@ -504,5 +539,9 @@ def test_browser_draws_every_point_and_links_rows_without_an_error(tmp_path: Pat
     assert seen["by_plot"] == [linked[1]]
     assert (seen["title"], seen["test_title"]) == ("validation accuracy", "test accuracy")
     assert seen["test_y"] == [points["test_accuracy"][i] for i in page.data["front"]]
-    assert seen["plots"] == 4
+    assert seen["plots"] == 5
+    label, bits, table_bits, bars = seen["layers"]
+    chosen = next(m for m in page.data["layers"] if m["label"] == label)
+    assert (bits, table_bits) == (chosen["bits"], [str(b) for b in chosen["bits"]])
+    assert bars == 3 * len(chosen["layer"])
     assert seen["markup"] == 0
