@@ -19,12 +19,12 @@ from raydeep.model import layers
 
 COLUMNS = 1 << 15  # positions, of all pictures, that the moments are summed over; or 4 a weight of a channel
 CHUNK = 1 << 23  # values unfolded at once
-STEPS = 300
-LR = 0.05
+STEPS = 200
+LR = 0.15
 WARM_UP = 0.2  # share of the steps before the regulariser
 BETA = (20.0, 2.0)  # of the regulariser, from wide to narrow
 LOW, HIGH = -0.1, 1.1  # the stretch of the sigmoid: ζ and γ
-REGULARISER = 0.02  # its weight a variable, where nearest rounding has an error of 1 a channel
+REGULARISER = 0.1  # its weight a variable, where nearest rounding has an error of 1 a channel
 
 
 @torch.no_grad()

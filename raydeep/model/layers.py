@@ -44,7 +44,7 @@ def _on_grid(x: torch.Tensor, step: torch.Tensor, low: int, high: int) -> torch.
 
 
 class _Quantize(torch.autograd.Function):
-    """LSQ's quantizer and gradients (equations 1 to 3), forward and backward in few passes over memory.
+    """LSQ's quantizer and gradients (equations 1 to 5), forward and backward in few passes over memory.
 
     Saved are its input and output, which the layers on either side save too.
     """
@@ -72,15 +72,13 @@ class _Quantize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Straight through inside the grid, 0 outside; of the step: round(x/s) - x/s inside, the end outside."""
+        """Straight through inside the grid, 0 at its ends and outside; of the step: round(x/s) - x/s, or the end."""
         x, out, raw, step = ctx.saved_tensors
         if step.dim() == 0 and x.device.type == "cpu":
-            # a kernel that compares and masks in one pass; its ends are exclusive: they move out by a rounding
-            size = float(step)
-            ends = (v * size + side * max(abs(v * size) * 1e-6, 1e-30) for v, side in ((ctx.low, -1), (ctx.high, 1)))
-            passed = torch.ops.aten.hardtanh_backward(grad, x, *ends)
+            ends = (ctx.low * float(step), ctx.high * float(step))
+            passed = torch.ops.aten.hardtanh_backward(grad, x, *ends)  # compares and masks in one pass
         else:
-            inside = (x >= ctx.low * step) & (x <= ctx.high * step)
+            inside = (x > ctx.low * step) & (x < ctx.high * step)
             passed = torch.where(inside, grad, 0)
         # s · d out/d s is out - x where the gradient passes, and out elsewhere
         moved = out - x
@@ -206,7 +204,9 @@ def best_step(values: torch.Tensor, low: int, high: int, power_of_two: bool = Fa
         power = torch.where(power < top, 2 * power, power)
         return _least(values, power, [0.5**i for i in range(GRID // PER_OCTAVE)], low, high, rows)
     best = _least(values, top, [2 ** (-i / PER_OCTAVE) for i in range(GRID)], low, high, rows)
-    return _least(values, best, [2 ** (i / (4 * PER_OCTAVE)) for i in (0, 1, -1, 2, -2, 3, -3)], low, high, rows)
+    return _least(
+        values, best, [2 ** (i / (6 * PER_OCTAVE)) for i in (0, 1, -1, 2, -2, 3, -3, 4, -4, 5, -5)], low, high, rows
+    )
 
 
 def _least(
