@@ -20,7 +20,7 @@ def test_quantized_weights_lie_on_a_symmetric_grid_of_2_to_the_bits_less_1_level
     line = torch.linspace(-1, 1, 2049)
     weight = torch.stack([line, 0.01 * line])
     quant = layers.WeightQuant(weight, bits)
-    grid = (quant(weight) / quant.step[:, None]).detach()
+    grid = (quant(weight) / quant.size()[:, None]).detach()
     close(grid, grid.round())
     for row in grid.round():
         levels = row.unique()
@@ -48,10 +48,22 @@ def test_integers_times_step_are_the_quantized_weight(bits, shape):
     close(integers * step.view(-1, *[1] * (len(shape) - 1)), quant(weight))
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_steps_have_few_digits_and_no_integer_feels_it(bits):
+    torch.manual_seed(bits)
+    step = torch.rand(500) * 10.0 ** torch.randint(-6, 3, (500,)) + 1e-7
+    quant = layers.WeightQuant(torch.ones(500, 1), bits)
+    quant.step.data.copy_(step)
+    size = quant.size()
+    mantissa, _ = torch.frexp(size)
+    assert torch.equal((mantissa * 2 ** (bits + 5)).round(), mantissa * 2 ** (bits + 5))
+    assert ((size - step).abs() * quant.qmax <= step / 64 * (1 + 1e-6)).all()
+
+
 def test_a_step_that_became_negative_acts_by_its_size():
     weight = torch.tensor([[0.5, -1.0, 0.3]])
     quant = layers.WeightQuant(weight, 4)
-    before, step = quant(weight).detach(), quant.step.detach().clone()
+    before, step = quant(weight).detach(), quant.size()
     quant.step.data.neg_()
     close(quant(weight).detach(), before)
     close(quant.integers(weight)[1], step)
@@ -171,7 +183,8 @@ def test_gradients_of_weights_are_those_of_lsq(bits, shape):
     upstream = torch.randn(shape)
     out = quant(weight)
     out.backward(upstream)
-    expected = lsq(weight.detach(), quant.step.detach(), -quant.qmax, quant.qmax, quant.grad_scale, upstream)
+    size = quant.size() * quant.step.detach().sign()
+    expected = lsq(weight.detach(), size, -quant.qmax, quant.qmax, quant.grad_scale, upstream)
     for found, wanted in zip((out.detach(), weight.grad, quant.step.grad), expected, strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
@@ -214,7 +227,7 @@ def gradients(net: nn.Module, **kinds: bool) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): p.grad for name, p in net.named_parameters()}
 
 
-@pytest.mark.parametrize(("kind", "allowed"), [("channels_last", 1e-4), ("autocast", 0.3)])
+@pytest.mark.parametrize(("kind", "allowed"), [("channels_last", 1e-4), ("autocast", 0.4)])
 def test_quantizers_train_under(kind, allowed):
     expected, found = gradients(small_quantized()), gradients(small_quantized(), **{kind: True})
     assert expected.keys() == found.keys()

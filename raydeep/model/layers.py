@@ -39,6 +39,12 @@ def nearest_power(step: torch.Tensor) -> torch.Tensor:
     return step / mantissa * torch.where(mantissa < 0.5**0.5, 0.5, 1.0).to(step.dtype)
 
 
+def shortened(step: torch.Tensor, digits: int) -> torch.Tensor:
+    """Each positive step rounded to so many binary digits after the first: what is stored of it is short."""
+    mantissa, _ = torch.frexp(step)
+    return step / mantissa * ((mantissa * 2 ** (digits + 1)).round() / 2 ** (digits + 1))
+
+
 def _on_grid(x: torch.Tensor, step: torch.Tensor, low: int, high: int) -> torch.Tensor:
     return (x / step).clamp_(low, high).round_().mul_(step)
 
@@ -149,6 +155,11 @@ class WeightQuant(_Step):
         super().__init__(best_step(weight.detach().flatten(1), -qmax, qmax, power_of_two), power_of_two)
         self.bits, self.qmax = bits, qmax
         self.grad_scale = (weight[0].numel() * qmax) ** -0.5
+
+    @torch.no_grad()
+    def size(self) -> torch.Tensor:
+        """The positive step that quantizes and is frozen, of few digits: of the largest integer that is 1/64 step."""
+        return shortened(super().size(), self.bits + 4)
 
     def _step(self, weight: torch.Tensor) -> torch.Tensor:
         return self.size().view(-1, *[1] * (weight.dim() - 1))
