@@ -20,7 +20,6 @@ from torch import nn
 
 from raydeep.compress import pack
 from raydeep.config import Export
-from raydeep.data.augment import to_input
 from raydeep.deploy import calibrate, forms, integers, onnx_graph
 from raydeep.deploy.card import card
 from raydeep.deploy.integers import Target
@@ -33,15 +32,24 @@ OPSET = 21
 
 
 class Deployed(nn.Module):
-    """Pictures in, logits out: uint8 NHWC → float32 NK, the normalisation inside."""
+    """Pictures in, logits out: uint8 NHWC → float32 NK, the normalisation inside.
+
+    It computes what augment.to_input computes, of buffers: that keeps its constants in a cache, where tracing would
+    leave tensors that hold nothing.
+    """
+
+    factor: torch.Tensor
+    shift: torch.Tensor
 
     def __init__(self, net: nn.Module, mean: list[float], std: list[float]) -> None:
         super().__init__()
-        self.net, self.mean, self.std = net, mean, std
+        self.net = net
+        self.register_buffer("factor", torch.tensor([1 / (255.0 * s) for s in std]).view(-1, 1, 1))
+        self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(-1, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Uint8 of shape [N, H, W, C] → float32 logits of shape [N, K]."""
-        return self.net(to_input(images, self.mean, self.std))
+        return self.net(images.permute(0, 3, 1, 2).float() * self.factor + self.shift)
 
 
 def write_model(
@@ -161,6 +169,7 @@ def _integer_layers(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(spec: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], onnx.ModelProto, dict[str, np.ndarray]]:
     """Layers that the integer graph can take, the float graph in which the others keep their rounding, arrays."""
+    spec, tensors = _fold(spec, tensors)
     layers = _integer_layers(spec)
     plain = _export(spec, tensors, keep_rounding=set(spec["layers"]) - set(layers))
     weights = {n: _dequantized(tensors, n) for n in layers}
@@ -170,6 +179,23 @@ def _plain(spec: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], onnx
         found &= onnx_graph.quantizable(plain, layers, weights)
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     return {n: layers[n] for n in layers if n in found}, plain, arrays
+
+
+def _fold(spec: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    """Fold BatchNorm that was kept apart (its convolution's steps are powers of two) into the scales.
+
+    torch would fold it into the weights, which then are no integers.
+    """
+    if not _integer_layers(spec) or not any(name.endswith(".running_var") for name in tensors):
+        return spec, tensors
+    model, tensors = artifact.thaw(spec, tensors), dict(tensors)
+    pairs = [pair for pair in artifact._foldable(artifact.build(spec), model) if f"{pair[0]}.weight.q" in tensors]
+    for conv, bn in pairs:
+        artifact._fold(tensors, conv, model.get_submodule(bn))
+        if "activation" in spec["layers"][conv]:
+            artifact._round_bias(tensors, conv, spec["layers"][conv]["activation"]["step"])
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(f"{bn}.")}
+    return {**spec, "folded": [*spec["folded"], *map(list, pairs)]}, tensors
 
 
 def _dequantized(tensors: Tensors, name: str) -> np.ndarray:
@@ -186,7 +212,6 @@ def _export(spec: dict[str, Any], tensors: Tensors, keep_rounding: set[str]) -> 
             module._forward_pre_hooks.clear()
             del module.input_quant
     example = torch.zeros(2, *spec["input"], dtype=torch.uint8)
-    _fix_pools(net, to_input(example, spec["mean"], spec["std"]))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -202,26 +227,10 @@ def _export(spec: dict[str, Any], tensors: Tensors, keep_rounding: set[str]) -> 
             raise ExportError(f"{spec['model']['name']} can't be written as ONNX: {reason}") from err
     assert program is not None
     model: onnx.ModelProto = program.model_proto
+    onnx_graph.pool_means(model)
     for holder in (model.graph, *model.graph.node, *model.graph.input, *model.graph.output):
         del holder.metadata_props[:]  # traces with paths of this machine
     for node in model.graph.node:
         node.doc_string = ""
     model.graph.doc_string = ""
     return model
-
-
-@torch.no_grad()
-def _fix_pools(net: nn.Module, example: torch.Tensor) -> None:
-    """AdaptiveAvgPool2d(1) → AvgPool2d(k): some runtimes lose accuracy on the ReduceMean it would become."""
-    sizes: dict[str, tuple[int, int]] = {}
-    handles = [
-        module.register_forward_pre_hook(lambda m, args, n=name: sizes.__setitem__(n, tuple(args[0].shape[-2:])))
-        for name, module in net.named_modules()
-        if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
-    ]
-    net(example)
-    for handle in handles:
-        handle.remove()
-    for name, size in sizes.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(net.get_submodule(parent), leaf, nn.AvgPool2d(size))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import onnxruntime
 
-from raydeep.deploy import gate
+from raydeep.deploy import gate, timing
 
 if TYPE_CHECKING:
     from raydeep.data.resident import Dataset, Split
@@ -24,7 +24,7 @@ CALIBRATION_ROWS = 256
 CHECK_ROWS = 1024
 CHECK_BYTES = 64 << 20  # of pictures that are compared
 CHECK_S = 4.0  # seconds of predictions a form, about
-ROUNDS, ROUND_S = 7, 0.02
+ROUNDS, ROUNDS_S = 9, 4.0  # of the speed test, and the most seconds that it takes, about
 FLOAT_GAIN = 1.1  # float weights take 4 times the bytes: only for a gain beyond noise
 RUN_BATCH = 64
 
@@ -70,7 +70,7 @@ def choose(
     """The form of a model, measured.
 
     Args:
-        candidates: form → ONNX bytes; `exact` is among them.
+        candidates: form → ONNX bytes, of all three.
         pictures: what the forms are compared on.
         target: see export.target. Speed counts only where this machine is one; elsewhere whole goes first.
         batch_size: of the speed test.
@@ -91,11 +91,13 @@ def choose(
             "refused": gate.refusal(packed, found, labels, slack=1),
         }  # fmt: skip
     example = np.resize(pictures.images, (batch_size, *pictures.images.shape[1:]))
-    times = dict(zip(runs, _interleaved(list(runs.values()), example), strict=True))
-    for name, seconds in times.items():
-        facts[name]["ms"] = float(np.median(seconds) * 1e3)
-        facts[name]["ratio"] = float(np.median(times["float"] / seconds)) if "float" in times else None
-    passed = [name for name in facts if facts[name]["refused"] is None] or ["exact"]
+    times = dict(zip(runs, timing.interleaved(list(runs.values()), example, ROUNDS, ROUNDS_S), strict=True))
+    for name, timed in times.items():
+        facts[name]["ms"] = timed.facts()["median_ms"]
+        facts[name]["ratio"] = timing.ratio(times["float"], timed)[0]
+    passed = [name for name in facts if facts[name]["refused"] is None] or [
+        "exact"
+    ]  # which differs in the last bits only
     return _first(passed, facts, _is_here(target)), facts
 
 
@@ -103,7 +105,7 @@ def _first(passed: Sequence[str], facts: dict[str, dict[str, Any]], timed: bool)
     """The fastest form that passed."""
     if not timed:
         return next(name for name in ("whole", "exact", "float") if name in passed)
-    return min(passed, key=lambda name: facts[name]["ms"] * (FLOAT_GAIN if name == "float" else 1))
+    return max(passed, key=lambda name: facts[name]["ratio"] / (FLOAT_GAIN if name == "float" else 1))
 
 
 def _is_here(target: str) -> bool:
@@ -128,21 +130,3 @@ def _predictions(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray) ->
         if time.perf_counter() - start > CHECK_S and at + RUN_BATCH >= 200:
             break
     return np.concatenate(found)
-
-
-def _interleaved(runs: list[Callable[[np.ndarray], np.ndarray]], example: np.ndarray) -> np.ndarray:
-    """Seconds a call: float64 of shape [runs, ROUNDS]."""
-    calls = []
-    for run in runs:
-        run(example)
-        start = time.perf_counter()
-        run(example)
-        calls.append(max(1, int(ROUND_S / max(1e-6, time.perf_counter() - start))))
-    times = np.zeros((len(runs), ROUNDS))
-    for r in range(ROUNDS):
-        for i, run in enumerate(runs):
-            start = time.perf_counter()
-            for _ in range(calls[i]):
-                run(example)
-            times[i, r] = (time.perf_counter() - start) / calls[i]
-    return times

@@ -23,7 +23,8 @@ from raydeep.model.artifact import bias_integers
 
 Target = Literal["avx2", "vnni", "arm", "gpu"]
 
-MOVES = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")  # commute with quantization
+# these commute with quantization
+MOVES = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Split", "Slice")
 # with integer kernels in onnxruntime, or cheap enough between two layers that have them
 INNER = (
     "Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Relu", "Clip", "HardSwish", "HardSigmoid", "Sigmoid",
@@ -71,9 +72,9 @@ def for_target(grid: Grid, target: Target) -> tuple[Grid, np.ndarray, int]:
         the stored integer of its largest value.
     """
     if target == "gpu":
-        most = max(grid.high, -grid.low)
-        if most > 127:
-            grid = Grid(grid.step * most / 127, -127 if grid.low < 0 else 0, 8 if grid.low < 0 else 7)
+        wider = max(grid.high / 127, grid.low / -128)
+        if wider > 1:
+            grid = Grid(grid.step * wider, -128 if grid.low < 0 else 0, 8 if grid.low < 0 else 7)
         return grid, np.array(0, np.int8), grid.high
     if target == "arm":
         return grid, np.array(-grid.low - 128, np.int8), grid.high - grid.low - 128
@@ -106,7 +107,9 @@ def exact(model: onnx.ModelProto, layers: dict[str, Any], tensors: dict[str, np.
         chain = [node]  # quantized again above the moves before the layer, so that integers flow through them
         while True:
             source = graph.producer(chain[-1].input[0])
-            if source is None or source.op_type not in MOVES or len(graph.readers(source.output[0])) != 1:
+            if source is None or source.op_type not in MOVES or len(source.output) > 1:
+                break
+            if len(graph.readers(source.output[0])) != 1:
                 break
             chain.append(source)
         for depth, member in enumerate(chain):
@@ -193,11 +196,11 @@ def places(model: onnx.ModelProto, layers: dict[str, Any]) -> list[Place]:
         elif node.op_type in ("Add", "Mul", "Concat") and len(data) < len(node.input):
             continue  # with a constant
         inner |= set(node.output)
-        tensor = node.output[0]
-        readers = graph.readers(tensor)
-        fused = len(readers) == 1 and (readers[0].op_type == "Relu" or _limits(graph, readers[0]) is not None)
-        if tensor not in graph.outputs and readers and not fused:
-            chosen.append(tensor)
+        for tensor in node.output:
+            readers = graph.readers(tensor)
+            fused = len(readers) == 1 and (readers[0].op_type == "Relu" or _limits(graph, readers[0]) is not None)
+            if tensor not in graph.outputs and readers and not fused:
+                chosen.append(tensor)
     root = {tensor: tensor for tensor in chosen}
     for tensor in chosen:  # in graph order: the root of what a move reads is known
         source = graph.producer(tensor)
@@ -239,7 +242,7 @@ def _rounding(
     narrow = clip and (bottom > held.min or top < held.max)
     nodes = []
     if narrow and target == "gpu":  # TensorRT wants the pair side by side; a grid from 0 holds what is never negative
-        if top < held.max or bottom not in (0, -127):
+        if top < held.max or bottom not in (0, held.min):
             ends = [
                 graph.constant(f"{key}.{end}", np.array(np.float32(v) * step))
                 for end, v in (("least", bottom), ("most", top))

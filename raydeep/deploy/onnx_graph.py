@@ -86,6 +86,25 @@ class Graph:
         return [*self._before.get(node.name, []), node, *self._after.get(node.name, [])]
 
 
+def pool_means(model: onnx.ModelProto) -> None:
+    """Means over height and width become average pools: OpenVINO loses accuracy on integers after ReduceMean."""
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
+    graph = Graph(model)
+    for node in graph.nodes:
+        shape = shapes.get(node.input[0], []) if node.op_type == "ReduceMean" and len(node.input) == 2 else []
+        axes = graph.value(node.input[1]) if len(shape) == 4 else None
+        if axes is None or sorted(int(a) % 4 for a in axes.ravel()) != [2, 3] or not min(shape[2:]):
+            continue
+        keeps = all(a.i for a in node.attribute if a.name == "keepdims")
+        del node.input[1:], node.attribute[:]
+        node.op_type = "AveragePool"
+        node.attribute.append(helper.make_attribute("kernel_shape", shape[2:]))
+        if not keeps:
+            flat, node.output[0] = node.output[0], f"{node.output[0]}.mean"
+            graph.after(node, helper.make_node("Flatten", [node.output[0]], [flat], name=f"{flat}.flat", axis=1))
+    graph.rebuild()
+
+
 def layer_node(graph: Graph, layer: str) -> Any:
     """The Conv or Gemm of a layer, whose weight is called `net.LAYER.weight`; None if it has none of its own."""
     readers = graph.readers(f"net.{layer}.weight")

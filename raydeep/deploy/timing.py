@@ -10,15 +10,14 @@ import numpy as np
 
 Call = Callable[[np.ndarray], Any]  # uint8 NHWC pictures → logits
 
-ROUND_S = 0.02  # seconds of calls a contender and round
-SETTING_S = 15.0  # seconds of all rounds of one batch size and thread count, about: large networks get fewer rounds
-LEAST_ROUNDS = 3
+ROUND_S = 0.01  # seconds of calls a contender and round
+LIMIT_S = 15.0  # seconds of all rounds of one batch size and thread count: large networks get fewer rounds
 
 
 class Timed(NamedTuple):
     """Seconds of one contender."""
 
-    rounds: np.ndarray  # float64 of shape [rounds]: mean of the calls of a round
+    rounds: np.ndarray  # float64 of shape [rounds]: median of the calls of a round
     calls: np.ndarray  # float64 of shape [calls]: every call
 
     def facts(self) -> dict[str, Any]:
@@ -29,36 +28,33 @@ class Timed(NamedTuple):
         }  # fmt: skip
 
 
-def interleaved(calls: list[Call], example: np.ndarray, rounds: int) -> list[Timed]:
+def interleaved(calls: list[Call], example: np.ndarray, rounds: int, limit_s: float = LIMIT_S) -> list[Timed]:
     """Time calls in turn, so that what else the machine does hits all alike.
 
     Args:
         calls: the contenders.
         example: uint8 NHWC.
-        rounds: in each, every contender runs for ROUND_S, once at least. Fewer, LEAST_ROUNDS at least, where they
-            would take more than SETTING_S.
+        rounds: in each, every contender is called for ROUND_S, once at least.
+        limit_s: no further round begins after so many seconds.
 
     Returns:
         One a contender. Two warm-up calls each are left out.
     """
-    counts, a_round = [], 0.0
     for call in calls:
         call(example)
-        start = time.perf_counter()
         call(example)
-        seconds = max(1e-6, time.perf_counter() - start)
-        counts.append(max(1, int(ROUND_S / seconds)))
-        a_round += counts[-1] * seconds
-    rounds = max(LEAST_ROUNDS, min(rounds, int(SETTING_S / a_round)))
     seen: list[list[np.ndarray]] = [[] for _ in calls]
-    for _ in range(rounds):
-        for i, call in enumerate(calls):
+    begun = time.perf_counter()
+    for r in range(rounds):
+        if r and time.perf_counter() - begun > limit_s:
+            break
+        for call, found in zip(calls, seen, strict=True):
             ends = [time.perf_counter()]
-            for _ in range(counts[i]):
+            while len(ends) == 1 or ends[-1] - ends[0] < ROUND_S:
                 call(example)
                 ends.append(time.perf_counter())
-            seen[i].append(np.diff(ends))
-    return [Timed(np.array([r.mean() for r in found]), np.concatenate(found)) for found in seen]
+            found.append(np.diff(ends))
+    return [Timed(np.array([np.median(r) for r in found]), np.concatenate(found)) for found in seen]
 
 
 def ratio(base: Timed, other: Timed) -> tuple[float, float]:

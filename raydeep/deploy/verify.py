@@ -250,7 +250,8 @@ def _latency(folders: list[Path], split: Split, cfg: Export) -> tuple[dict[Any, 
                     calls["baselines", "compiled"] = compiled
                 except Exception as err:  # no C++ compiler, or a network that it can't take: a missing row
                     failed = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-            found = interleaved(list(calls.values()), pictures[:batch], cfg.latency_rounds)
+            rounds = cfg.latency_rounds if threads == 1 else max(3, cfg.latency_rounds // 3)
+            found = interleaved(list(calls.values()), pictures[:batch], rounds)
             timed = dict(zip(calls, found, strict=True))
             for (whose, kind), one in timed.items():
                 row = _row(one, timed[dense, "onnxruntime"], timed["baselines", "eager"], batch, threads)
