@@ -26,6 +26,7 @@ from raydeep.data.resident import Dataset, Pixels
 from raydeep.deploy import export, gate, predict, runtimes, verify
 from raydeep.errors import ArtifactError, DataError, ExportError, ModelError
 from raydeep.model import artifact
+from raydeep.run import read_json, usable_cores, write_json
 from raydeep.train import losses
 from raydeep.train.loop import fit
 
@@ -349,8 +350,41 @@ def test_verification_counts_predictions_that_differ(folder, exported, digits):
     assert right["dense_bytes"] == (dense / "model.safetensors").stat().st_size
     assert right["latency_ms"] > 0
     assert right["latency_rounds"] == 3
+    rows = right["latency"]
+    assert [(r["runtime"], r["form"]) for r in rows if r["threads"] == 1] == [
+        ("onnxruntime", "exact"), ("onnxruntime", "dense"), ("torch", "eager"),
+    ]  # fmt: skip
+    assert all(0 < r["median_ms"] <= r["p95_ms"] and r["batch"] == 1 and r["rounds"] == 3 for r in rows)
+    assert rows[0]["ratio_to_dense_onnx"] == right["latency_ratio"]
+    assert {r["threads"] for r in rows} == {1, usable_cores()}
+    # what failed is not left under a final name
+    assert not wrong.exists()
+    assert facts["t002"]["folder"] == str(wrong) + ".unverified"
+    assert "packed file, test: 1 predictions are not those that were scored" in facts["t002"]["refused"]
+    artifact.check_sums(Path(facts["t002"]["folder"]))
     artifact.check_sums(folder)  # verify.json is among the sums now
     assert "verify.json" in (folder / "SHA256SUMS").read_text()
+
+
+def test_a_form_that_fails_gives_way_to_the_exact_one(tmp_path, exported, digits, monkeypatch):
+    model = exported("W4A8")
+    folder = tmp_path / "t001"
+    monkeypatch.setattr(export, "to_onnx", lambda spec, tensors, **_: model.onnx)
+    export.write_model(folder, model.packed)
+    write_json(folder / "export.json", {"form": "whole", "target": "avx2", "forms": {"whole": {}}})
+    shutil.copy(tmp_path / "t001" / "model.onnx", tmp_path / "right.onnx")
+    other = onnx.load_from_string(model.onnx)
+    for node in other.graph.node:
+        if node.op_type == "Relu":
+            node.op_type = "Neg"  # another network
+    (folder / "model.onnx").write_bytes(other.SerializeToString())
+    artifact.write_sums(folder)
+    result = plan.measure(model.packed, digits, 512)
+    candidate = verify.Candidate(folder, result.val_predictions, result.test_predictions)
+    facts = verify.verify([candidate], folder, digits, cfg=QUICK)["t001"]
+    assert (facts["verified"], facts["form"], facts["folder"]) == (True, "exact", str(folder))
+    assert (folder / "model.onnx").read_bytes() == model.onnx
+    assert read_json(folder / "export.json")["forms"]["whole"]["refused"]
 
 
 def test_verification_of_a_damaged_folder_is_an_export_error(folder, digits):
