@@ -250,8 +250,8 @@ def test_statistics_of_batchnorm_are_those_of_the_train_split_in_the_end(job, di
     stale = plan.Dense(*artifact.freeze(model, spec, fold=False))
     result = plan.compress(job.with_values({"recover.epochs": 0}), stale, digits, seed=5)
     before = plan.predictions(model, digits, digits.test, 512)
-    calibration = [x for x, _ in plan.calibration_batches(digits, job.quantize.calibration_rows, seed=5)]
-    quantize.reestimate_batchnorm(model, calibration)
+    inputs = plan.training_inputs(digits, job.augment, job.quantize.calibration_rows, seed=5)
+    quantize.reestimate_batchnorm(model, inputs)
     expected = plan.predictions(model, digits, digits.test, 512)
     assert np.mean(result.test_predictions == expected) > 0.98
     assert np.mean(before == expected) < 0.9

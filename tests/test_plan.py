@@ -133,6 +133,20 @@ def test_labels_of_calibration_are_those_of_its_pictures(digits):
         assert [known[image.tobytes()] for image in pixels] == labels.tolist()
 
 
+def test_statistics_are_estimated_on_pictures_as_training_sees_them(dense, digits):
+    plain = plan.training_inputs(digits, Augment(), 64, seed=4)
+    assert [x.shape[0] for x in plain] == [256]
+    assert len(plan.training_inputs(digits, Augment(), 512, seed=4)) == len(digits.train.labels) // 256
+    shifted = plan.training_inputs(digits, Augment(translate=0.4), 64, seed=4)
+    assert shifted[0].mean() < plain[0].mean() - 0.05  # black comes in at the edges
+    values = {"prune.sparsity": 0.3, "recover.epochs": 0}
+    job = job_with(values)
+    moved = job.model_copy(update={"augment": Augment(translate=0.4)})
+    one, other = (pack.unpack(plan.compress(j, dense, digits, seed=1).packed)[1] for j in (job, moved))
+    assert torch.equal(one["fc.weight"], other["fc.weight"])  # masks do not depend on it
+    assert not torch.equal(one["conv1.bias"], other["conv1.bias"])  # BatchNorm is folded in
+
+
 @pytest.mark.parametrize("tree", [
     {"prune": {"kind": "channels", "sparsity": 0.5}},
     {"search": {"space": {"prune.kind": ["weights", "channels"], "prune.sparsity": [0.0, 0.5]}}},

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import closing, nullcontext
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,9 +26,11 @@ from raydeep.train import losses
 from raydeep.train.loop import fit
 
 if TYPE_CHECKING:
-    from raydeep.config import Job
+    from raydeep.config import Augment, Job
 
 CALIBRATION_BATCH = 256
+STATISTICS_SHARE = 4
+STATISTICS_BYTES = 2**28
 Labelled = list[tuple[torch.Tensor, torch.Tensor]]  # batches of inputs float NCHW and labels int64 N
 
 
@@ -61,11 +64,17 @@ def check(job: Job, spec: dict[str, Any]) -> None:
     space = job.search.space
     kinds = {job.prune.kind, *space.get("prune.kind", [])}
     shares = {job.prune.sparsity, *space.get("prune.sparsity", [])}
+    model = artifact.build(spec)
+    shapes = {name: module.weight.shape for name, module in layers.compressible(model)}  # type: ignore[union-attr]
+    if "weights" in kinds:
+        for share in shares:
+            prune.kept_in_all(shapes, share)  # type: ignore[arg-type]
     if "channels" in kinds and any(shares):
         from raydeep.compress import channels
 
         height, width, depth = spec["input"]
-        channels.check(spec["model"]["name"], artifact.build(spec), torch.zeros(2, depth, height, width))
+        cfg = job.prune.model_copy(update={"kind": "channels", "sparsity": max(shares)})
+        channels.check(spec["model"]["name"], model, torch.zeros(2, depth, height, width), cfg)
     for teacher in {job.distill.teacher, *space.get("distill.teacher", [])}:
         if job.distill.enabled or any(space.get("distill.enabled", [])):
             teachers.load(job.distill.model_copy(update={"teacher": teacher}), spec)
@@ -130,7 +139,7 @@ class _Steps:
         self.model = artifact.thaw(dense.spec, dense.tensors).requires_grad_(True).train().to(device)
         self.before: nn.Module = self.model  # without quantizers
         self.labelled = calibration_batches(data, job.quantize.calibration_rows, seed, device)
-        self.inputs = [images for images, _ in self.labelled]
+        self.inputs = training_inputs(data, job.augment, job.quantize.calibration_rows, seed, device)
         self.history: list[dict[str, Any]] = []
         self.sensitivity: dict[str, dict[int, float]] = {}
         self.teacher = None
@@ -230,6 +239,30 @@ def measure(packed: bytes, data: Dataset, batch_size: int, history: list[dict[st
 def predictions(model: torch.nn.Module, data: Dataset, split: Split, batch_size: int) -> np.ndarray:
     """Predicted classes of a split: int64 of shape [rows]."""
     return artifact.predict(model, (m.images for m in eval_batches(split, data.mean, data.std, batch_size)))
+
+
+def training_inputs(data: Dataset, cfg: Augment, rows: int, seed: int, device: str = "cpu") -> list[torch.Tensor]:
+    """Network inputs as training sees them, augmented: what statistics and steps are estimated on.
+
+    A network has learned with the statistics of augmented pictures: those of plain ones cost a ResNet-20 on CIFAR-10 2
+    points of accuracy.
+
+    Args:
+        data: for its train split.
+        cfg: the augment section.
+        rows: STATISTICS_SHARE times so many, if they take no more than STATISTICS_BYTES.
+        seed: of the choice and the draws.
+        device: where they lie.
+
+    Returns:
+        Batches float32 NCHW of one size.
+    """
+    height, width, channels = data.shape
+    size = min(CALIBRATION_BATCH, len(data.train.labels))
+    most = max(rows, STATISTICS_BYTES // (4 * height * width * channels))
+    count = max(1, min(STATISTICS_SHARE * rows, most, len(data.train.labels)) // size)
+    with closing(Batches(data.train, Augmenter(cfg, data.mean, data.std), size, seed, device=device)) as batches:
+        return [micro.images for [micro] in islice(batches.epoch(0), count)]
 
 
 def calibration_batches(data: Dataset, rows: int, seed: int, device: str = "cpu") -> Labelled:

@@ -45,9 +45,7 @@ def verify(
     dense: Path,
     data: Dataset,
     *,
-    cfg: Export | None = None,
-    rounds: int | None = None,
-    batch_size: int | None = None,
+    cfg: Export,
 ) -> dict[str, dict[str, Any]]:
     """Re-load each model folder in a clean process; write its `verify.json`.
 
@@ -59,8 +57,6 @@ def verify(
         dense: folder of the dense model, timed in the same run.
         data: for its val and test splits; what is streamed is read anew, from the shards.
         cfg: the export section.
-        rounds: instead of cfg.latency_rounds.
-        batch_size: instead of cfg.batch_sizes.
 
     Returns:
         Name of the folder, as it was → facts of verify.json. `verified` says whether it passed, `refused` why not,
@@ -70,12 +66,8 @@ def verify(
         ExportError: the process died.
         RaydeepError: a runtime is not installed.
     """
-    from raydeep.config import Export
     from raydeep.deploy.export import make_exact
 
-    cfg = cfg or Export()
-    changed = {"latency_rounds": rounds, "batch_sizes": (batch_size,) if batch_size else None}
-    cfg = cfg.model_copy(update={k: v for k, v in changed.items() if v is not None})
     check_runtimes(cfg)
     found = _in_clean_process(candidates, dense, data, cfg)
     again = [c for c, f in zip(candidates, found, strict=True) if not f["verified"] and not f["packed_differ"]]
