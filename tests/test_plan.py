@@ -109,6 +109,15 @@ def test_without_training_calibration_alone_keeps_eight_bits(dense, digits, whol
     assert result.test_accuracy > whole.test_accuracy - 0.01
 
 
+@pytest.mark.parametrize(("target", "largest"), [("avx2", 64), ("vnni", 127)])
+def test_weights_of_eight_bits_have_the_range_that_the_target_can_add(dense, digits, target, largest):
+    job = job_with({"quantize.weight_bits": 8, "quantize.activation_bits": 8, "recover.epochs": 0})
+    job = job.model_copy(update={"export": job.export.model_copy(update={"target": target})})
+    _, tensors = pack.unpack(plan.compress(job, dense, digits, seed=1).packed)
+    found = max(int(t.abs().max()) for name, t in tensors.items() if name.endswith(".q"))
+    assert 0.9 * largest < found <= largest
+
+
 def test_adaptive_rounding_loses_less_than_rounding_to_the_nearest(dense, digits):
     base = {"quantize.weight_bits": 2, "quantize.edge_bits": None, "recover.epochs": 0}
     nearest = compressed(base, dense, digits)

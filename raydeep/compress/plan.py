@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from raydeep.config import Augment, Job
 
 CALIBRATION_BATCH = 256
-STATISTICS_SHARE = 4
+AVX2_QMAX = 64  # of 8-bit weights: two products with 8-bit activations fit the 16 bits that AVX2 adds them in
+STATISTICS_SHARE = 4  # times calibration_rows
 STATISTICS_BYTES = 2**28
 Labelled = list[tuple[torch.Tensor, torch.Tensor]]  # batches of inputs float NCHW and labels int64 N
 
@@ -191,7 +192,8 @@ class _Steps:
             sizes = {name: int(torch.count_nonzero(found[name].weight)) for name in self.sensitivity}  # type: ignore[arg-type]
             bits = allocate.solve(sizes, self.sensitivity, cfg.weight_bits.average)
         self.before = copy.deepcopy(self.model).eval()
-        quantize.prepare(self.model, cfg, self.inputs, bits)
+        avx2 = self.job.export.target == "avx2" and cfg.activation_bits is not None
+        quantize.prepare(self.model, cfg, self.inputs, bits, AVX2_QMAX if avx2 else None)
 
     def train(self, epochs: int, lr: float, on_step: Callable[[int, int], None] | None) -> None:
         """Some epochs of the one training loop."""

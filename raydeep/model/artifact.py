@@ -7,6 +7,7 @@ quantized. `thaw` rebuilds the network from them. A model folder holds both, che
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,8 @@ def thaw(spec: dict[str, Any], tensors: Tensors) -> nn.Module:
             module.bias = nn.Parameter(torch.zeros(module.weight.shape[0]))
         parent, _, leaf = bn.rpartition(".")
         setattr(model.get_submodule(parent), leaf, nn.Identity())
-    state = {}
+    state: OrderedDict[str, torch.Tensor] = OrderedDict()
+    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # versions: some modules ask for them
     for key, value in tensors.items():
         if key.endswith(".weight.q"):
             scale = tensors.get(key.removesuffix(".q") + ".scale")
