@@ -190,7 +190,7 @@ def photos(args: Any, compressed: Callable[..., Any]) -> list[dict[str, Any]]:
     from raydeep.deploy import export, forms, verify
 
     values = {
-        "prune.kind": "channels", "prune.sparsity": 0.8, "recover.epochs": args.epochs or 30, "recover.lr": 0.02,
+        "prune.kind": "channels", "prune.sparsity": 0.8, "recover.epochs": args.epochs or 15, "recover.lr": 0.02,
         "quantize.weight_bits": 8, "quantize.activation_bits": 8, "quantize.epochs": 3 if not args.quick else 1,
         "distill.enabled": True, "export.latency_rounds": 15, "export.batch_sizes": [1, 64],
         "export.torch_compile": not args.quick, **args.values,

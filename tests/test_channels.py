@@ -264,9 +264,12 @@ def test_every_layer_keeps_a_tenth(name):
             assert module.out_channels % module.groups == module.in_channels % module.groups == 0
 
 
-def test_channels_are_rounded_up():
+def test_channels_of_wide_layers_are_rounded_up():
+    wide, _ = make("resnet20", RGB)
     model, found = gone("resnet20", RGB, HALF, round_to=8)
-    assert {m.out_channels % 8 for m in model.modules() if isinstance(m, nn.Conv2d)} == {0}
+    pairs = [(m, wide.get_submodule(n)) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    assert {m.out_channels % 8 for m, before in pairs if before.out_channels >= 64} == {0}
+    assert {m.out_channels % 8 for m, before in pairs if before.out_channels < 64} != {0}
     assert found == pytest.approx(0.5, abs=0.05)
 
 

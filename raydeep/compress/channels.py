@@ -93,7 +93,7 @@ def prune_channels(model: nn.Module, cfg: Prune, example: torch.Tensor, batches:
         cfg: the prune section; `sparsity` is the share of `target` that goes.
         example: one or more inputs, float NCHW, on the model's device.
         batches: inputs and labels that score taylor is measured on.
-        round_to: channels that stay are a multiple of it, where a layer has so many.
+        round_to: channels that stay are a multiple of it, in layers that had 8 times so many.
 
     Raises:
         ModelError: the channels of this network can't be pruned.
@@ -347,7 +347,10 @@ def choose(cuts: list[Cut], costs: _Costs, share: float, round_to: int) -> list[
     most = [min(n - 1, math.floor(MAX_SHARE * n)) for n in size]
     ranked = np.concatenate([np.sort(cut.scores)[:top] for cut, top in zip(cuts, most, strict=True)])
     owner = np.repeat(np.arange(len(cuts)), most)[np.argsort(ranked, kind="stable")]
-    steps = [round_to // math.gcd(round_to, cut.blocks) for cut in cuts]
+    steps = [
+        round_to // math.gcd(round_to, cut.blocks) if n >= 8 * round_to else 1
+        for n, cut in zip(size, cuts, strict=True)
+    ]
 
     def counts(taken: int) -> list[int]:
         wanted = np.bincount(owner[:taken], minlength=len(cuts))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,9 @@ CACHE_BYTES = 2**30
 
 class Adapted(nn.Module):
     """A teacher behind its own normalisation, size and channels: takes what the student takes."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
 
     def __init__(self, net: nn.Module, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
         """Wrap a network.
@@ -118,7 +121,7 @@ class Distilled:
                 self.handles.append(net.get_submodule(name).register_forward_hook(self._tap(f"{side}.{name}")))
         return self
 
-    def _tap(self, key: str):  # type: ignore[no-untyped-def]
+    def _tap(self, key: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
             self.seen[key] = out
 
@@ -231,7 +234,7 @@ def outputs(model: nn.Module, run: nn.Module, example: torch.Tensor) -> dict[str
     shapes: dict[str, torch.Size] = {}
     calls: dict[str, int] = {}
 
-    def hook(name: str):  # type: ignore[no-untyped-def]
+    def hook(name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: object, out: object) -> None:
             calls[name] = calls.get(name, 0) + 1
             if isinstance(out, torch.Tensor):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CALIBRATION_BATCH = 256
 AVX2_QMAX = 64  # of 8-bit weights: two products with 8-bit activations fit the 16 bits that AVX2 adds them in
+CHANNELS_ROUND_TO = 8  # kernels work on 8 channels at a time: a ResNet-18 of such widths is a seventh faster
 STATISTICS_SHARE = 4  # times calibration_rows
 STATISTICS_BYTES = 2**28
 Labelled = list[tuple[torch.Tensor, torch.Tensor]]  # batches of inputs float NCHW and labels int64 N
@@ -66,7 +67,7 @@ def check(job: Job, spec: dict[str, Any]) -> None:
     kinds = {job.prune.kind, *space.get("prune.kind", [])}
     shares = {job.prune.sparsity, *space.get("prune.sparsity", [])}
     model = artifact.build(spec)
-    shapes = {name: module.weight.shape for name, module in layers.compressible(model)}  # type: ignore[union-attr]
+    shapes = {name: module.weight.shape for name, module in layers.compressible(model)}
     if "weights" in kinds:
         for share in shares:
             prune.kept_in_all(shapes, share)  # type: ignore[arg-type]
@@ -164,7 +165,7 @@ class _Steps:
                 from raydeep.model import narrow
 
                 part = cfg.model_copy(update={"sparsity": 1 - (1 - cfg.sparsity) ** (1 / rounds)})
-                channels.prune_channels(self.model, part, self.inputs[0][:2], self.labelled)
+                channels.prune_channels(self.model, part, self.inputs[0][:2], self.labelled, CHANNELS_ROUND_TO)
                 self.spec = {
                     **self.dense.spec,
                     "widths": narrow.difference(artifact.build(self.dense.spec), self.model),

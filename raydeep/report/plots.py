@@ -91,7 +91,7 @@ def _layers(model: dict[str, Any]) -> dict[str, Any] | None:
     rows = [row for row in model.get("layers") or [] if isinstance(row, dict) and number(row.get("parameters"))]
     if not rows:
         return None
-    measured = model.get("sensitivity") if isinstance(model.get("sensitivity"), dict) else {}
+    measured = found if isinstance(found := model.get("sensitivity"), dict) else {}
     return {
         "label": _text(model.get("label")),
         "layer": [str(row.get("layer")) for row in rows],

@@ -75,9 +75,7 @@ class Proposer(Searcher):
 
     def _params(self, config: dict[str, Any]) -> dict[str, Any]:
         """A point of Optuna's space that gives this configuration (see space.canonical)."""
-        return {
-            k: space.plain(config[k] if config[k] in choices else choices[0]) for k, choices in self.space.items()
-        }
+        return {k: space.plain(config[k] if config[k] in choices else choices[0]) for k, choices in self.space.items()}
 
     def suggest(self, trial_id: str) -> Any:
         """The next configuration, as Ray Tune asks for it."""
