@@ -190,7 +190,7 @@ def photos(args: Any, compressed: Callable[..., Any]) -> list[dict[str, Any]]:
     from raydeep.deploy import export, forms, verify
 
     values = {
-        "prune.kind": "channels", "prune.sparsity": 0.8, "recover.epochs": args.epochs or 15, "recover.lr": 0.02,
+        "prune.kind": "channels", "prune.sparsity": 0.75, "recover.epochs": args.epochs or 20, "recover.lr": 0.02,
         "quantize.weight_bits": 8, "quantize.activation_bits": 8, "quantize.epochs": 3 if not args.quick else 1,
         "distill.enabled": True, "export.latency_rounds": 15, "export.batch_sizes": [1, 64],
         "export.torch_compile": not args.quick, **args.values,
@@ -233,7 +233,7 @@ def _photo_rows(before: Any, found: Any, pictures: Any, facts: dict[str, Any]) -
         if row["threads"] != 1:
             continue
         for key, against in (("ratio_to_dense_torch", "torch eager"), ("ratio_to_dense_onnx", "onnxruntime float")):
-            name = f"{row['runtime']}, batch {row['batch']}, 1 thread: times faster than dense {against}"
+            name = f"{row['runtime']} ({row['form']}), batch {row['batch']}, 1 thread: times as fast as dense {against}"
             out.append(harness.result(name, row[key], "ratio", n=row["rounds"], spread=row["spread"] / row[key]))
             best[against] = max(best.get(against, 0.0), row[key])
     out.append(harness.result("the better batch, against torch eager", best["torch eager"], "ratio", ">= 12.0"))
