@@ -118,7 +118,7 @@ class Distill(Section):
     weight: Probability = Field(0.7, description="Share of the distillation loss on logits")
     temperature: Positive = Field(4.0, description="Of the softened logits")
     hints: NotNegative = Field(0.0, description="Weight of the feature loss, through learned projections (1412.6550)")
-    hint_layers: Annotated[tuple[str, ...], Field(max_length=64)] = Field(
+    hint_layers: Annotated[tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...], Field(max_length=64)] = Field(
         (), description="Student modules whose outputs are hinted, or STUDENT=TEACHER; none: one a resolution"
     )
     relational: NotNegative = Field(

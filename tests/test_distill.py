@@ -170,6 +170,9 @@ def test_networks_without_maps_need_named_hints():
     named = cfg.model_copy(update={"hint_layers": ("1",)})
     loss = distill.Distilled(CE, student, teacher, named).hint(torch.randn(2, 1, 3, 3))
     assert isinstance(getattr(student, distill.PROJECTIONS)[0], nn.Linear)
+    micro = micro_batch()
+    loss(student(micro.images), micro).sum().backward()  # a Sequential runs through what was added to it
+    assert getattr(student, distill.PROJECTIONS)[0].weight.grad.abs().sum() > 0
     loss.close()
 
 

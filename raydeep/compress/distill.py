@@ -68,6 +68,14 @@ def _wide(values: list[float], theirs: dict[str, Any]) -> list[float]:
     return values * len(theirs["std"]) if len(values) == 1 else values
 
 
+class _Projections(nn.ModuleList):
+    """A list that may stand in a Sequential: as a layer it does nothing."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """X itself."""
+        return x
+
+
 class Distilled:
     """A loss mixed with what the teacher says; the teacher sees the same augmented pictures.
 
@@ -112,7 +120,7 @@ class Distilled:
         inner = self.teacher.net if isinstance(self.teacher, Adapted) else self.teacher
         mine, theirs = outputs(self.student, self.student, example), outputs(inner, self.teacher, example)
         self.pairs = _pairs(self.cfg.hint_layers, mine, theirs)
-        projections = nn.ModuleList(_projection(mine[a], theirs[b]).to(example.device) for a, b in self.pairs)
+        projections = _Projections(_projection(mine[a], theirs[b]).to(example.device) for a, b in self.pairs)
         self.student.add_module(PROJECTIONS, projections)
         for side, net, names in (
             ("student", self.student, [a for a, _ in self.pairs]), ("teacher", inner, [b for _, b in self.pairs])
