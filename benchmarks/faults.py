@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -401,9 +401,10 @@ def soak(home: Path, epochs: int, every_s: float, data: Path) -> list[dict[str, 
         due = began + every_s
         while training.process.poll() is None:
             if name == "killed" and time.monotonic() > due:
-                os.kill(training.pid(kills % 2), signal.SIGKILL)
-                kills += 1
-                due = time.monotonic() + every_s
+                with suppress(ProcessLookupError):  # its group is being started anew: the next one is hit
+                    os.kill(training.pid(kills % 2), signal.SIGKILL)
+                    kills += 1
+                    due = time.monotonic() + every_s
             time.sleep(0.2)
         walls.append(time.monotonic() - began)
         training.well()

@@ -55,6 +55,12 @@ class Job(Section):
             raise ValueError(f"data.source {self.data.source} needs data.path (--set data.path=FOLDER)")
         self._check_batch()
         self._check_distill()
+        rounds = self.prune.rounds if self.prune.active and self.prune.schedule == "iterative" else 0
+        if 0 < self.recover.epochs < rounds:
+            raise ValueError(
+                f"prune.schedule iterative: recover.epochs {self.recover.epochs} can't be shared out to prune.rounds "
+                f"{rounds}: raise the one or lower the other"
+            )
         space = self.search.space
         integers = self.quantize.weight_bits is not None or any(space.get("quantize.weight_bits", []))
         if any(space.get("quantize.activation_bits", [])) and not integers:

@@ -37,8 +37,9 @@ def _weight_bits(value: Any) -> Any:
     try:
         return Average.model_validate(value) if isinstance(value, dict) else _bits(value)
     except ValueError:
+        found = f"found {value!r}, " if isinstance(value, dict) else ""  # of plain values the caller tells
         raise ValueError(
-            "expected a whole number of bits from 2 to 8, none for float, or {average: BITS} with 2 to 8"
+            f"{found}expected a whole number of bits from 2 to 8, none for float, or {{average: BITS}} with 2 to 8"
         ) from None
 
 

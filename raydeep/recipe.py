@@ -66,6 +66,8 @@ class Prune(Section):
             raise ValueError("score bn_scale ranks channels: use kind channels, or score magnitude, lamp or taylor")
         if self.score == "lamp" and self.kind != "weights":
             raise ValueError(f"score lamp ranks single weights: use kind weights, or score magnitude with {self.kind}")
+        if self.rewind == "weights" and self.kind == "channels":
+            raise ValueError("rewind weights needs the network as wide as it was: use rewind learning_rate")
         if self.rates != "global" and self.kind != "weights":
             raise ValueError(f"rates {self.rates} needs kind weights, found {self.kind}")
         return self

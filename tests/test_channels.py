@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from raydeep.compress import channels, cost, pack, quantize
+from raydeep.compress.cuts import Graph, find_cuts
 from raydeep.config import Prune, Quantize
 from raydeep.errors import JobError, ModelError
 from raydeep.model import artifact, narrow, zoo
@@ -223,8 +224,8 @@ def test_the_share_asked_for_goes(name, target, share):
 def test_costs_foretold_are_those_of_the_narrowed_network(name, target):
     shape = FAMILIES[name]
     model, _ = make(name, shape)
-    graph = channels._Graph(model, inputs(shape))
-    cuts = list(channels._cuts(graph, "magnitude"))
+    graph = Graph(model, inputs(shape))
+    cuts = list(find_cuts(graph, "magnitude"))
     counts = [len(cut.scores) // 3 for cut in cuts]
     costs = channels._Costs(model, inputs(shape), target)
     foretold = costs.after(cuts, counts)

@@ -111,6 +111,17 @@ def test_an_unknown_key_names_the_nearest_and_the_valid_ones(write, text, neares
             "quantize: {activation_bits: 4}",
             "quantize.activation_bits needs quantize.weight_bits (integer kernels need both)",
         ),
+        (
+            "prune: {sparsity: 0.5, schedule: iterative, rounds: 4}\nrecover: {epochs: 3}",
+            "prune.schedule iterative: recover.epochs 3 can't be shared out to prune.rounds 4",
+        ),
+        ("prune: {kind: channels, rewind: weights}", "prune: rewind weights needs the network as wide as it was"),
+        ("prune: {kind: channels, score: lamp}", "prune: score lamp ranks single weights"),
+        ("prune: {kind: '4:2'}", "prune.kind: found '4:2', expected weights, channels, or N:M"),
+        (
+            "quantize: {weight_bits: {average: 9}}",
+            "quantize.weight_bits: found {'average': 9}, expected a whole number",
+        ),
         ("data: {source: folder}", "data.source folder needs data.path (--set data.path=FOLDER)"),
         ("data: {source: parquet}", "data.source parquet needs data.path"),
         (

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from raydeep.compress import prune
+from raydeep.compress import masks, prune
 from raydeep.config import Prune
 from raydeep.errors import JobError
 from raydeep.model import layers, zoo
@@ -34,7 +34,7 @@ def random_weights(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def magnitudes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return prune.magnitude(nn.Module(), weights, [])
+    return masks.magnitude(nn.Module(), weights, [])
 
 
 def small_net() -> nn.Sequential:
@@ -73,29 +73,29 @@ def shake(model: nn.Module) -> None:
 
 def test_lamp_is_the_formula_of_the_paper():
     weights = {"a": torch.tensor([[3.0, -1.0], [2.0, 0.0]]), "b": torch.tensor([[-2.0, 2.0]])}
-    found = prune.lamp(nn.Module(), weights, [])
+    found = masks.lamp(nn.Module(), weights, [])
     torch.testing.assert_close(found["a"], torch.tensor([[9 / 9, 1 / 14], [4 / 13, 0.0]], dtype=torch.float64))
     torch.testing.assert_close(found["b"], torch.tensor([[4 / 4, 4 / 8]], dtype=torch.float64))  # ties: by position
 
 
 def test_lamp_does_not_change_with_the_scale_of_a_layer_and_orders_within_it_as_magnitude_does():
     weights = random_weights()
-    found = prune.lamp(nn.Module(), weights, [])
-    scaled = prune.lamp(nn.Module(), {"conv": 1e-3 * weights["conv"], "fc": weights["fc"]}, [])
+    found = masks.lamp(nn.Module(), weights, [])
+    scaled = masks.lamp(nn.Module(), {"conv": 1e-3 * weights["conv"], "fc": weights["fc"]}, [])
     torch.testing.assert_close(found["conv"], scaled["conv"], rtol=1e-5, atol=0)
     for name, weight in weights.items():
         assert torch.equal(found[name].flatten().argsort(), weight.abs().flatten().argsort())
 
 
 def test_lamp_of_a_layer_of_zeros_is_zero():
-    assert torch.equal(prune.lamp(nn.Module(), {"a": torch.zeros(2, 2)}, [])["a"], torch.zeros(2, 2).double())
+    assert torch.equal(masks.lamp(nn.Module(), {"a": torch.zeros(2, 2)}, [])["a"], torch.zeros(2, 2).double())
 
 
 def test_taylor_is_weight_times_gradient():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2, bias=False))
     weight = model[1].weight
     batches = labelled(2, (1, 1, 3), 2)
-    found = prune.taylor(model, {"1": weight}, batches)["1"]
+    found = masks.taylor(model, {"1": weight}, batches)["1"]
     squares = torch.zeros(2, 3)
     for images, labels in batches:  # the gradient of softmax and cross entropy by hand
         x = images.flatten(1)
@@ -108,7 +108,7 @@ def test_taylor_predicts_what_a_weight_costs():
     model = small_net().double()
     images, labels = labelled(1)[0]
     images = images.double()
-    found = prune.taylor(model, {"3": model[3].weight}, [(images, labels)])["3"]
+    found = masks.taylor(model, {"3": model[3].weight}, [(images, labels)])["3"]
     with torch.no_grad():
         before = F.cross_entropy(model(images), labels)
         model[3].weight[2, 4] *= 0.999
@@ -122,7 +122,7 @@ def test_taylor_leaves_the_model_as_it_was(training):
     model[5].weight.requires_grad_(False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    found = prune.taylor(model, {"0": model[0].weight, "5": model[5].weight}, labelled(2, (2, 4, 4), 3))
+    found = masks.taylor(model, {"0": model[0].weight, "5": model[5].weight}, labelled(2, (2, 4, 4), 3))
     assert all(score.min() >= 0 < score.max() for score in found.values())
     assert not any(score.requires_grad for score in found.values())
     assert model.training == model[1].training == training
@@ -143,10 +143,10 @@ def test_taylor_without_batches_is_refused():
 @given(st.floats(0, 0.998), st.integers(0, 5), st.sampled_from(["global", "uniform", "erk"]))
 def test_masks_have_the_sparsity_asked_for_to_the_weight(sparsity, seed, rates):
     weights = random_weights(seed)
-    masks = prune.masks(magnitudes(weights), sparsity, rates)
-    assert zeros(masks) == round(sparsity * (8 * 4 * 9 + 20 * 30))
-    assert {name: mask.shape for name, mask in masks.items()} == {n: w.shape for n, w in weights.items()}
-    for name, mask in masks.items():  # and what stays of a layer is its largest
+    chosen = masks.choose(magnitudes(weights), sparsity, rates)
+    assert zeros(chosen) == round(sparsity * (8 * 4 * 9 + 20 * 30))
+    assert {name: mask.shape for name, mask in chosen.items()} == {n: w.shape for n, w in weights.items()}
+    for name, mask in chosen.items():  # and what stays of a layer is its largest
         ranked = weights[name].abs().flatten().sort(descending=True).values
         assert torch.equal(weights[name][mask].abs().sort(descending=True).values, ranked[: int(mask.sum())])
 
@@ -168,11 +168,11 @@ def test_counts_add_up_to_the_weight_and_no_layer_is_emptied(sizes, sparsity, ra
     asked = total - round(sparsity * total)
     if asked < len(shapes):
         with pytest.raises(JobError, match=r"would be emptied"):
-            prune.keep_counts(shapes, sparsity, rates)
+            masks.keep_counts(shapes, sparsity, rates)
         return
-    counts = prune.keep_counts(shapes, sparsity, rates)
+    counts = masks.keep_counts(shapes, sparsity, rates)
     assert sum(counts.values()) == asked
-    floor = prune.least(shapes, asked)
+    floor = masks.least(shapes, asked)
     assert all(1 <= floor[name] <= counts[name] <= shapes[name].numel() for name in shapes)
 
 
@@ -180,24 +180,24 @@ def test_counts_add_up_to_the_weight_and_no_layer_is_emptied(sizes, sparsity, ra
 def test_floors_never_ask_for_more_than_there_is(sizes, more):
     shapes = {str(i): torch.Size(size) for i, size in enumerate(sizes)}
     count = min(len(shapes) + more, sum(math.prod(size) for size in sizes))
-    assert sum(prune.least(shapes, count).values()) <= count
+    assert sum(masks.least(shapes, count).values()) <= count
 
 
 def test_uniform_rates_are_the_same_in_each_layer():
     shapes = {"a": torch.Size([100, 10]), "b": torch.Size([50, 4, 1, 1]), "c": torch.Size([30, 100])}
-    assert prune.keep_counts(shapes, 0.9, "uniform") == {"a": 100, "b": 20, "c": 300}
+    assert masks.keep_counts(shapes, 0.9, "uniform") == {"a": 100, "b": 20, "c": 300}
 
 
 def test_erk_densities_are_those_of_the_formula():
     shapes = {"a": torch.Size([64, 32, 3, 3]), "b": torch.Size([128, 64, 3, 3]), "c": torch.Size([100, 200])}
-    counts = prune.keep_counts(shapes, 0.95, "erk")
+    counts = masks.keep_counts(shapes, 0.95, "erk")
     factor = 0.05 * (18432 + 73728 + 20000) / ((64 + 32 + 6) + (128 + 64 + 6) + 300)
     assert counts == pytest.approx({"a": factor * 102, "b": factor * 198, "c": factor * 300}, abs=1)
 
 
 def test_erk_gives_what_a_full_layer_can_not_take_to_the_others():
     shapes = {"tiny": torch.Size([4, 4]), "a": torch.Size([100, 100]), "b": torch.Size([200, 200])}
-    counts = prune.keep_counts(shapes, 0.5, "erk")  # tiny's raw density: 8/16 against 0.02 and 0.01
+    counts = masks.keep_counts(shapes, 0.5, "erk")  # tiny's raw density: 8/16 against 0.02 and 0.01
     rest = 25_008 - 16
     assert counts["tiny"] == 16
     assert counts["a"] == pytest.approx(rest * 200 / 600, abs=1)
@@ -206,19 +206,19 @@ def test_erk_gives_what_a_full_layer_can_not_take_to_the_others():
 
 def test_the_largest_weights_of_the_whole_network_are_kept():
     weights = random_weights()
-    masks = prune.masks(magnitudes(weights), 0.7)
-    stay = torch.cat([weights[n][m].abs() for n, m in masks.items()])
-    gone = torch.cat([weights[n][~m].abs() for n, m in masks.items()])
+    chosen = masks.choose(magnitudes(weights), 0.7)
+    stay = torch.cat([weights[n][m].abs() for n, m in chosen.items()])
+    gone = torch.cat([weights[n][~m].abs() for n, m in chosen.items()])
     assert stay.min() >= gone.max()
-    assert masks["conv"].float().mean() > masks["fc"].float().mean()  # its weights are larger
+    assert chosen["conv"].float().mean() > chosen["fc"].float().mean()  # its weights are larger
 
 
 def test_each_layer_keeps_a_hundredth_or_a_fifth_of_the_density():
     weights = {"large": torch.randn(10_000, 1), "low": 1e-6 * torch.randn(1000, 1), "tiny": 1e-9 * torch.randn(3, 1)}
-    assert kept(prune.masks(magnitudes(weights), 0.9)) == {"large": 1100 - 11, "low": 10, "tiny": 1}
-    masks = prune.masks(magnitudes(weights), 0.99)
-    assert kept(masks) == {"large": 110 - 3, "low": 2, "tiny": 1}
-    for name, mask in masks.items():  # and what stays of a layer is its largest
+    assert kept(masks.choose(magnitudes(weights), 0.9)) == {"large": 1100 - 11, "low": 10, "tiny": 1}
+    chosen = masks.choose(magnitudes(weights), 0.99)
+    assert kept(chosen) == {"large": 110 - 3, "low": 2, "tiny": 1}
+    for name, mask in chosen.items():  # and what stays of a layer is its largest
         assert weights[name][mask].abs().min() >= weights[name][~mask].abs().max()
 
 
@@ -249,10 +249,10 @@ def test_a_sparsity_that_empties_a_layer_is_refused_and_the_value_it_names_is_no
 
 def test_ties_are_broken_to_the_weight_and_the_same_each_time():
     weights = {"a": torch.ones(100, 1), "b": -torch.ones(100, 1)}
-    masks = prune.masks(magnitudes(weights), 0.5)
-    assert zeros(masks) == 100
-    again = prune.masks(magnitudes(weights), 0.5)
-    assert all(torch.equal(masks[n], again[n]) for n in masks)
+    chosen = masks.choose(magnitudes(weights), 0.5)
+    assert zeros(chosen) == 100
+    again = masks.choose(magnitudes(weights), 0.5)
+    assert all(torch.equal(chosen[n], again[n]) for n in chosen)
 
 
 # N of M
@@ -261,13 +261,13 @@ def test_ties_are_broken_to_the_weight_and_the_same_each_time():
 def test_two_of_four_neighbours_stay():
     score = torch.tensor([[1.0, 4, 3, 2, 9, 9, 9, 9], [8, 7, 6, 5, 0, 0, 1, 0]])
     expected = torch.tensor([[0, 1, 1, 0, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0, 1, 0]], dtype=torch.bool)
-    assert torch.equal(prune.n_m_mask(score, 2, 4), expected)
+    assert torch.equal(masks.n_m_mask(score, 2, 4), expected)
 
 
 @pytest.mark.parametrize(("n", "expected"), [(1, 1), (2, 2), (3, 3)])
 def test_the_last_incomplete_group_keeps_its_share_rounded_up(n, expected):
     score = torch.arange(11.0).repeat(5, 1)  # 4 + 4 + 3
-    mask = prune.n_m_mask(score, n, 4)
+    mask = masks.n_m_mask(score, n, 4)
     assert mask[:, :4].sum(1).tolist() == mask[:, 4:8].sum(1).tolist() == [n] * 5
     assert mask[:, 8:].sum(1).tolist() == [expected] * 5  # ceil(3n / 4)
     assert mask[0].nonzero().flatten().tolist() == [i for end in (4, 8) for i in range(end - n, end)] + [
@@ -279,7 +279,7 @@ def test_the_last_incomplete_group_keeps_its_share_rounded_up(n, expected):
 def test_groups_run_along_the_input_channels_at_each_place_of_the_kernel(n, m, channels, side):
     n, m = min(n, m, channels), min(m, channels)
     score = torch.rand(3, channels, side, side)
-    mask = prune.n_m_mask(score, n, m)
+    mask = masks.n_m_mask(score, n, m)
     for start in range(0, channels, m):
         stop = min(channels, start + m)
         count = math.ceil(n * (stop - start) / m)
@@ -431,7 +431,7 @@ def test_rewinding_gives_the_dense_weights_back_under_masks_of_the_trained_ones(
     trained = {name: layers.raw_weight(module).detach().clone() for name, module in layers.compressible(model)}
     found.start(1)
     scores = {name: weight.abs().masked_fill(~first[name], -1) for name, weight in trained.items()}
-    expected = prune.masks(scores, 0.75)
+    expected = masks.choose(scores, 0.75)
     assert all(torch.equal(mask, expected[name]) for name, mask in masks_of(model).items())
     for name, module in layers.compressible(model):
         assert torch.equal(layers.raw_weight(module), dense[f"{name}.weight"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from raydeep.model import layers
 
 Images = list[torch.Tensor]  # batches of network inputs, float NCHW
+Labelled = Sequence[tuple[torch.Tensor, torch.Tensor]]  # the same with labels, int64 N
 
 
 class Enough(Exception):

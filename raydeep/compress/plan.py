@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from raydeep.compress import cost, pack, prune, quantize, teachers
+from raydeep.compress import cost, masks, pack, prune, quantize, teachers
+from raydeep.compress.observe import Labelled
 from raydeep.data import order
 from raydeep.data.augment import Augmenter, to_input
 from raydeep.data.batches import Batches, eval_batches
@@ -33,7 +34,6 @@ AVX2_QMAX = 64  # of 8-bit weights: two products with 8-bit activations fit the 
 CHANNELS_ROUND_TO = 8  # kernels work on 8 channels at a time: a ResNet-18 of such widths is a seventh faster
 STATISTICS_SHARE = 4  # times calibration_rows
 STATISTICS_BYTES = 2**28
-Labelled = list[tuple[torch.Tensor, torch.Tensor]]  # batches of inputs float NCHW and labels int64 N
 
 
 class Dense(NamedTuple):
@@ -70,7 +70,7 @@ def check(job: Job, spec: dict[str, Any]) -> None:
     shapes = {name: module.weight.shape for name, module in layers.compressible(model)}
     if "weights" in kinds:
         for share in shares:
-            prune.kept_in_all(shapes, share)  # type: ignore[arg-type]
+            masks.kept_in_all(shapes, share)  # type: ignore[arg-type]
     if "channels" in kinds and any(shares):
         from raydeep.compress import channels
 
@@ -111,7 +111,8 @@ def compress(
             steps.train(cfg.epochs, job.recover.lr * cfg.lr_factor, None)
     if cfg.weight_bits is not None and not (cfg.epochs or (within and job.recover.epochs)):
         quantize.post_training(steps.model, cfg, steps.inputs, steps.before)
-    quantize.reestimate_batchnorm(steps.model, steps.inputs)
+    else:
+        quantize.reestimate_batchnorm(steps.model, steps.inputs)
     spec, tensors = artifact.freeze(steps.model.eval().cpu(), steps.spec)
     found = measure(pack.pack(spec, tensors), data, job.train.eval_batch_size, steps.history)
     return found._replace(sensitivity=steps.sensitivity)
@@ -129,14 +130,8 @@ class _Steps:
         device: str,
         on_epoch: Callable[[dict[str, Any]], None] | None,
     ) -> None:
-        self.job, self.dense, self.data, self.seed, self.device, self.on_epoch = (
-            job,
-            dense,
-            data,
-            seed,
-            device,
-            on_epoch,
-        )
+        self.job, self.dense, self.data = job, dense, data
+        self.seed, self.device, self.on_epoch = seed, device, on_epoch
         self.spec = dense.spec
         self.model = artifact.thaw(dense.spec, dense.tensors).requires_grad_(True).train().to(device)
         self.before: nn.Module = self.model  # without quantizers
@@ -152,32 +147,31 @@ class _Steps:
     def prune(self, quantize_last: bool) -> None:
         """Prune and recover, in one round or several; quantizers come before the last one if asked for."""
         cfg, recover = self.job.prune, self.job.recover
+        pruner = prune.prepare(self.model, cfg, recover.epochs > 0, self.labelled)
         narrows = cfg.active and cfg.kind == "channels"
-        rounds = cfg.rounds if cfg.active and cfg.schedule == "iterative" and recover.epochs >= cfg.rounds else 1
-        pruner = None
-        if cfg.active and not narrows:
-            pruner = prune.prepare(self.model, cfg, recover.epochs > 0, self.labelled)
-            rounds = pruner.rounds
+        rounds = pruner.rounds
         shares = [len(part) for part in np.array_split(np.arange(recover.epochs), rounds)]
         for k, epochs in enumerate(shares):
             if narrows:
-                from raydeep.compress import channels
-                from raydeep.model import narrow
-
-                part = cfg.model_copy(update={"sparsity": 1 - (1 - cfg.sparsity) ** (1 / rounds)})
-                channels.prune_channels(self.model, part, self.inputs[0][:2], self.labelled, CHANNELS_ROUND_TO)
-                self.spec = {
-                    **self.dense.spec,
-                    "widths": narrow.difference(artifact.build(self.dense.spec), self.model),
-                }
-            if pruner is not None and k:
+                self._narrow(1 - (1 - cfg.sparsity) ** (1 / rounds))
+            if k:
                 pruner.start(k)
             if cfg.active:
                 quantize.reestimate_batchnorm(self.model, self.inputs)
             if quantize_last and k == rounds - 1:
                 self.quantize()
             if epochs:
-                self.train(epochs, recover.lr, pruner.on_step if pruner is not None else None)
+                self.train(epochs, recover.lr, pruner.on_step)
+
+    def _narrow(self, share: float) -> None:
+        """Take channels out, so much of what there still is."""
+        from raydeep.compress import channels
+        from raydeep.model import narrow
+
+        cfg = self.job.prune.model_copy(update={"sparsity": share})
+        channels.prune_channels(self.model, cfg, self.inputs[0][:2], self.labelled, CHANNELS_ROUND_TO)
+        widths = narrow.difference(artifact.build(self.dense.spec), self.model)
+        self.spec = {**self.dense.spec, "widths": widths}
 
     def quantize(self) -> None:
         """Add quantizers, with bits as asked for or allocated by what each layer loses."""

@@ -53,7 +53,7 @@ def prepare(
         cfg: the quantize section.
         calibration: batches of network inputs, float NCHW.
         bits: weight bits of each layer, where `cfg.weight_bits` is an average: see allocate.solve.
-        weight_qmax: bound on the integers of 8-bit weights; 63 keeps sums of two products with 8-bit
+        weight_qmax: bound on the integers of 8-bit weights; 64 keeps sums of two products with 8-bit
             activations within 16 bits, which processors without VNNI saturate at.
     """
     if cfg.weight_bits is None:

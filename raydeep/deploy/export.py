@@ -189,11 +189,11 @@ def _fold(spec: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tenso
     if not _integer_layers(spec) or not any(name.endswith(".running_var") for name in tensors):
         return spec, tensors
     model, tensors = artifact.thaw(spec, tensors), dict(tensors)
-    pairs = [pair for pair in artifact._foldable(artifact.build(spec), model) if f"{pair[0]}.weight.q" in tensors]
+    pairs = [pair for pair in artifact.foldable(artifact.build(spec), model) if f"{pair[0]}.weight.q" in tensors]
     for conv, bn in pairs:
-        artifact._fold(tensors, conv, model.get_submodule(bn))
+        artifact.fold_into(tensors, conv, model.get_submodule(bn))
         if "activation" in spec["layers"][conv]:
-            artifact._round_bias(tensors, conv, spec["layers"][conv]["activation"]["step"])
+            artifact.round_bias(tensors, conv, spec["layers"][conv]["activation"]["step"])
         tensors = {name: value for name, value in tensors.items() if not name.startswith(f"{bn}.")}
     return {**spec, "folded": [*spec["folded"], *map(list, pairs)]}, tensors
 

@@ -57,7 +57,7 @@ def build(spec: dict[str, Any]) -> nn.Module:
     model = zoo.build(name, spec["model"]["args"], classes, shape)
     if widths := spec.get("widths"):
         narrow.apply(model, widths)
-        zoo._check_shape(model, name, classes, shape)
+        zoo.check_shape(model, name, classes, shape)
     return model
 
 
@@ -74,7 +74,7 @@ def freeze(model: nn.Module, spec: dict[str, Any], fold: bool = True) -> tuple[d
         The spec of the compressed network, and its tensors: `L.weight` float32, or `L.weight.q` int8 with
         `L.weight.scale` float32 a channel; everything else by its state-dict name.
     """
-    pairs = _foldable(build(spec), model) if fold else []
+    pairs = foldable(build(spec), model) if fold else []
     pairs = [pair for pair in pairs if not _has_power_of_two(model.get_submodule(pair[0]))]
     folded = {bn for _, bn in pairs}
     found = dict(layers.compressible(model))
@@ -101,11 +101,11 @@ def freeze(model: nn.Module, spec: dict[str, Any], fold: bool = True) -> tuple[d
         if entry:
             entries[name] = entry
     for conv, bn in pairs:
-        _fold(tensors, conv, model.get_submodule(bn))
+        fold_into(tensors, conv, model.get_submodule(bn))
     for name, entry in entries.items():
         act = entry.get("activation")
         if "weight_bits" in entry and act is not None and f"{name}.bias" in tensors:
-            _round_bias(tensors, name, act["step"], _has_power_of_two(found[name]))
+            round_bias(tensors, name, act["step"], _has_power_of_two(found[name]))
     covered = set(found) | folded
     for key, value in model.state_dict().items():
         owner = next((c for c in covered if key.startswith(c + ".")), None)
@@ -131,7 +131,7 @@ def _has_power_of_two(module: nn.Module) -> bool:
     return quant is not None and quant.power_of_two
 
 
-def _round_bias(tensors: Tensors, name: str, activation_step: float, power_of_two: bool = False) -> None:
+def round_bias(tensors: Tensors, name: str, activation_step: float, power_of_two: bool = False) -> None:
     """Put a layer's bias on its grid. A channel that BatchNorm all but switched off has too fine a grid: it
     becomes its bias alone, on a grid that holds it.
     """
@@ -198,7 +198,7 @@ def predict(model: nn.Module, inputs: Iterable[torch.Tensor]) -> np.ndarray:
     return np.concatenate([model(x).argmax(1).cpu().numpy() for x in inputs])
 
 
-def _fold(tensors: Tensors, conv: str, bn: nn.Module) -> None:
+def fold_into(tensors: Tensors, conv: str, bn: nn.Module) -> None:
     """Fold a BatchNorm into the weight (or its scale: then the integers stay, save for the sign) and bias."""
     assert isinstance(bn, nn.BatchNorm2d)
     assert bn.running_mean is not None
@@ -220,7 +220,7 @@ def _fold(tensors: Tensors, conv: str, bn: nn.Module) -> None:
         tensors[f"{conv}.weight.scale"] = torch.where(gain == 0, tensors[f"{conv}.weight.scale"], scale)
 
 
-def _foldable(plain: nn.Module, trained: nn.Module) -> list[tuple[str, str]]:
+def foldable(plain: nn.Module, trained: nn.Module) -> list[tuple[str, str]]:
     """Names of (convolution, BatchNorm) where the BatchNorm alone reads the convolution."""
     if not any(isinstance(m, nn.BatchNorm2d) for m in plain.modules()):
         return []

@@ -155,11 +155,11 @@ def build(name: str, args: dict[str, Any], num_classes: int, shape: tuple[int, i
             f"model.name {name}: a layer or weight stands in it under two names, which raydeep can't prune "
             f"or save; call the one layer twice instead"
         )
-    _check_shape(model, name, num_classes, shape)
+    check_shape(model, name, num_classes, shape)
     return model
 
 
-def _check_shape(model: nn.Module, name: str, num_classes: int, shape: tuple[int, int, int]) -> None:
+def check_shape(model: nn.Module, name: str, num_classes: int, shape: tuple[int, int, int]) -> None:
     height, width, channels = shape
     training = model.training
     model.eval()
