@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import TensorProto, helper
 
+from raydeep.deploy import runtimes
 from raydeep.deploy.integers import Grid, Place, Target
 
 ROWS = 256  # pictures that are looked at, at most
@@ -52,10 +52,7 @@ def values(model: onnx.ModelProto, tensors: list[str], images: np.ndarray) -> di
     opened = onnx.ModelProto()
     opened.CopyFrom(model)
     opened.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in tensors)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(opened.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = runtimes.session(opened.SerializeToString())
     images = images[:ROWS]
     batches = np.array_split(images, -(-len(images) // BATCH))
     parts: dict[str, list[np.ndarray]] = {name: [] for name in tensors}

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 
 from raydeep.deploy import gate, timing
+from raydeep.deploy.runtimes import Run, runner
 
 if TYPE_CHECKING:
     from raydeep.data.resident import Dataset, Split
@@ -80,7 +80,7 @@ def choose(
         as fast as float) and refused (why it is out, or None).
     """
     facts: dict[str, dict[str, Any]] = {}
-    runs = {name: _open(data) for name, data in candidates.items()}
+    runs = {name: runner(data) for name, data in candidates.items()}
     for name, run in runs.items():
         found = _predictions(run, pictures.images)
         n = len(found)
@@ -113,15 +113,7 @@ def _is_here(target: str) -> bool:
     return target != "gpu" and arm == (target == "arm")
 
 
-def _open(data: bytes) -> Callable[[np.ndarray], np.ndarray]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"images": images})[0]
-
-
-def _predictions(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:
+def _predictions(run: Run, images: np.ndarray) -> np.ndarray:
     """Predictions of the first pictures, as many as CHECK_S allows, 200 at least."""
     found: list[np.ndarray] = []
     start = time.perf_counter()

@@ -38,18 +38,28 @@ def open_onnx(path: Path, threads: int = 1) -> Run:
     Raises:
         ArtifactError: it is no ONNX file, is cut off, keeps tensors in other files, or does not load.
     """
+    data = checked(path)
+    try:
+        return runner(data, threads)
+    except Exception as err:  # onnxruntime's own kinds share no public base
+        raise ArtifactError(f"{path}: onnxruntime can't load it: {err}") from None
+
+
+def runner(data: bytes, threads: int = 1) -> Run:
+    """The function of an ONNX model of ours, in onnxruntime."""
+    opened = session(data, threads)
+    return lambda images: opened.run(None, {"images": images})[0]
+
+
+def session(data: bytes, threads: int = 1) -> Any:
+    """An onnxruntime.InferenceSession on the CPU."""
     import onnxruntime
 
-    data = checked(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # idle threads leave the cores to others
-    try:
-        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as err:  # onnxruntime's own kinds share no public base
-        raise ArtifactError(f"{path}: onnxruntime can't load it: {err}") from None
-    return lambda images: session.run(None, {"images": images})[0]
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
 def open_openvino(path: Path, threads: int = 1) -> Run:
