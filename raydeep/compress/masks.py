@@ -109,8 +109,8 @@ def kept_in_all(shapes: dict[str, torch.Size], sparsity: float) -> int:
     digits = 10 ** (len(str(total)) + 1)
     name = min(shapes, key=lambda n: shapes[n].numel())
     raise JobError(
-        f"prune.sparsity: found {sparsity:.9g}, which leaves {kept} of {total:,} weights for {len(shapes)} layers: layer "
-        f"{name} of {shapes[name].numel():,} weights would be emptied; expected at most "
+        f"prune.sparsity: found {sparsity:.9g}, which leaves {kept} of {total:,} weights for {len(shapes)} layers: "
+        f"layer {name} of {shapes[name].numel():,} weights would be emptied; expected at most "
         f"{math.floor((1 - len(shapes) / total) * digits) / digits}"
     )
 
