@@ -112,14 +112,14 @@ def brevitas(args: Any) -> list[dict[str, Any]]:
         })  # fmt: skip
         ours = plan.compress(ours_job, start, pictures, 0)
         labelled = plan.calibration_batches(pictures, 512, 0)
-        images = [x for x, _ in labelled]
+        images = plan.training_inputs(pictures, one.augment, 512, 0)  # ours start from and end on the same
         torch.manual_seed(0)
         theirs = Brevitas(artifact.thaw(*start).requires_grad_(True), bits, len(images)).train()  # type: ignore[arg-type]
         with torch.no_grad():
             for x in images:
                 theirs(x)
         _train(theirs, one, pictures, 0, epochs, lr)
-        quantize.reestimate_batchnorm(theirs, images)  # as ours
+        quantize.reestimate_batchnorm(theirs, images)
         accuracy = 100 * _accuracy(theirs, pictures)
         mine = 100 * ours.test_accuracy
         rows.append(harness.result(f"W{bits}A{bits}: ours, test accuracy", mine, "%", n=1))
