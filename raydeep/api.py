@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from raydeep.config import Job
 from raydeep.errors import DataError, ModelError, RaydeepError
-from raydeep.ops import datasets, front
+from raydeep.ops import datasets, front, searching
 from raydeep.ops.console import Ui
-from raydeep.run import Run, read_json, sha256_file, write_json
+from raydeep.run import Run, read_json, write_json
+from raydeep.tuning import Target
 
 if TYPE_CHECKING:
     from raydeep.compress.plan import Dense
@@ -40,6 +41,7 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: 
     from raydeep.compress import plan as recipe
     from raydeep.deploy import runtimes
     from raydeep.model import artifact
+    from raydeep.search import track
     from raydeep.train import cluster
 
     manifest = datasets.prepare(job, ui)
@@ -53,6 +55,7 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: 
         export.to_onnx(*artifact.freeze(model.eval(), spec, fold=False))
     recipe.check(job, spec)
     runtimes.check_runtimes(job.export)
+    track.check(job.search.track)
     fresh = run is None
     run = run or Run.create(job, command)
     stack.enter_context(run.locked())
@@ -95,7 +98,7 @@ def train_dense(session: Session) -> Dense:
     from raydeep.compress.distill import PROJECTIONS
     from raydeep.deploy import export
     from raydeep.model import artifact
-    from raydeep.search import tune
+    from raydeep.search.trial import save_predictions
     from raydeep.train import checkpoint, launch
     from raydeep.train.metrics import confusion
 
@@ -132,7 +135,7 @@ def train_dense(session: Session) -> Dense:
         spec, tensors = artifact.freeze(model.eval(), session.spec, fold=False)
         packed = pack.pack(spec, tensors)
         result = plan.measure(packed, data, job.train.eval_batch_size)
-        tune.save_predictions(run.path / "trials" / "dense", result.val_predictions, result.test_predictions)
+        save_predictions(run.path / "trials" / "dense", val=result.val_predictions, test=result.test_predictions)
         write_json(
             run.path / "evaluation.json",
             {
@@ -174,9 +177,12 @@ def compress(job: Job, command: str, ui: Ui, start: Path | None = None, resume: 
     return search(one_trial(job), command, ui, start=start, resume=resume)
 
 
+ONE = {"space": {}, "trials": 1, "scheduler": "none", "minutes": None, "constraints": (), "target": Target()}
+
+
 def one_trial(job: Job) -> Job:
     """The job of a search that tries the job's own values only."""
-    return job.model_copy(update={"search": job.search.model_copy(update={"space": {}, "trials": 1})})
+    return job.model_copy(update={"search": job.search.model_copy(update=ONE)})
 
 
 def search(job: Job, command: str, ui: Ui, start: Path | None = None, resume: Run | None = None) -> Run:
@@ -189,54 +195,22 @@ def search(job: Job, command: str, ui: Ui, start: Path | None = None, resume: Ru
         start: run or model folder whose dense model is taken instead of training one.
         resume: a run to go on with.
     """
-    from raydeep.search.ledger import Ledger
-
-    with ExitStack() as stack:
-        session = open_session(stack, job, resume, command, ui)
-        if start is not None:
-            _take_dense(session, start)
-        dense = train_dense(session)
-        from raydeep.search import tune
-
-        file = session.run.model("dense") / "model.safetensors"
-        ledger = Ledger(
-            session.run.path / "ledger.jsonl",
-            {
-                "space": job.search.space, "seed": job.seed, "dense_sha256": sha256_file(file),
-                "dataset": session.manifest.hash,
-            },
-        )  # fmt: skip
-        with ui.stage("search") as stage:
-            total = min(job.search.trials, _configurations(job))
-
-            def on_trial(row: dict[str, Any]) -> None:
-                best = max((r["val_accuracy"] for r in ledger.done()), default=0.0)
-                least = min((r["bytes"] for r in ledger.done()), default=0)
-                failed = f", {len(ledger.failed())} failed" if ledger.failed() else ""
-                stage.update(len(ledger.rows), total, f"trials, best val {best:.2%}, smallest {least:,} bytes{failed}")
-
-            tune.run_trials(
-                job, session.run.path, session.shared, dense, file.stat().st_size, ledger,
-                session.plan.concurrent_trials, on_trial,
+    with ExitStack() as outer:
+        with ExitStack() as stack:
+            session = open_session(stack, job, resume, command, ui)
+            if start is not None:
+                _take_dense(session, start)
+            dense = train_dense(session)
+            trackers = outer.enter_context(searching.tracking(job, session.run))
+            done = searching.search(
+                job, session.run, session.data, session.shared, dense, session.manifest.hash,
+                session.plan.concurrent_trials, ui, trackers,
             )  # fmt: skip
-            done, failed = ledger.done(), ledger.failed()
-            stage.text = f"{len(done)} trials finished, {len(failed)} failed"
-            if len(failed) > job.search.max_failed or not done:
-                reason = failed[0]["error"].strip().splitlines()[-1] if failed else "no trial ran"
-                raise RaydeepError(
-                    f"{len(failed)} trials failed (search.max_failed {job.search.max_failed}): {reason}; tracebacks "
-                    f"are in {ledger.path}; once mended, start anew with --from {session.run.path}"
-                )
-            if len(ledger.rows) < total:
-                raise KeyboardInterrupt  # Ray Tune ends quietly on Ctrl-C, its front would be that of a part
-    front.finish(session.run, session.data, done, ui)
+        models = front.finish(session.run, session.data, done, ui)
+        for tracker in trackers:
+            tracker.front(models, [session.run.model(row["label"]) for row in models])
+    searching.clean(session.run.path)
     return session.run
-
-
-def _configurations(job: Job) -> int:
-    from raydeep.search import space
-
-    return len(space.everything(job.search.space))
 
 
 def _take_dense(session: Session, start: Path) -> None:
@@ -244,7 +218,7 @@ def _take_dense(session: Session, start: Path) -> None:
     from raydeep.compress import pack, plan
     from raydeep.deploy import export
     from raydeep.model import artifact
-    from raydeep.search import tune
+    from raydeep.search.trial import save_predictions
 
     folder = start / "models" / "dense" if (start / "models" / "dense").is_dir() else start
     if not (folder / "spec.json").is_file():
@@ -260,5 +234,5 @@ def _take_dense(session: Session, start: Path) -> None:
         raise ModelError(f"{folder}: made for other classes or another picture size than this job's data")
     packed = pack.pack(spec, tensors)
     result = plan.measure(packed, session.data, session.job.train.eval_batch_size)
-    tune.save_predictions(session.run.path / "trials" / "dense", result.val_predictions, result.test_predictions)
+    save_predictions(session.run.path / "trials" / "dense", val=result.val_predictions, test=result.test_predictions)
     export.write_model(session.run.model("dense"), packed)

@@ -12,16 +12,8 @@ from raydeep.errors import JobError
 from raydeep.fields import Average
 from raydeep.recipe import Distill, Export, Prune, Quantize, Recover
 from raydeep.safeyaml import MAX_JOB_BYTES, load_yaml
-from raydeep.sections import (
-    DEFAULT_SPACE,
-    Augment,
-    Data,
-    Model,
-    Scaling,
-    Search,
-    Section,
-    Train,
-)
+from raydeep.sections import Augment, Data, Model, Scaling, Section, Train
+from raydeep.tuning import DEFAULT_SPACE, Range, Search
 
 __all__ = [
     "DEFAULT_SPACE", "Augment", "Average", "Data", "Distill", "Export", "Job", "Model", "Prune", "Quantize", "Recover",
@@ -61,26 +53,46 @@ class Job(Section):
                 f"prune.schedule iterative: recover.epochs {self.recover.epochs} can't be shared out to prune.rounds "
                 f"{rounds}: raise the one or lower the other"
             )
-        space = self.search.space
-        integers = self.quantize.weight_bits is not None or any(space.get("quantize.weight_bits", []))
-        if any(space.get("quantize.activation_bits", [])) and not integers:
+        self._check_space()
+        return self
+
+    def _check_space(self) -> None:
+        search = self.search
+        integers = self.quantize.weight_bits is not None or any(search.values("quantize.weight_bits"))
+        if any(search.values("quantize.activation_bits")) and not integers:
             raise ValueError(
                 "search.space.quantize.activation_bits needs weight bits beside it: set quantize.weight_bits, or add "
                 "it to the space"
             )
-        for key, choices in space.items():
-            if not choices:
-                raise ValueError(f"search.space.{key} has no choices")
-            if key.split(".")[0] not in SEARCHABLE:
+        for key, dimension in search.space.items():
+            section, _, leaf = key.partition(".")
+            if section not in SEARCHABLE:
                 raise ValueError(
                     f"search.space.{key} can't be searched; the sections that can: {', '.join(SEARCHABLE)}"
                 )
-            for choice in choices:
+            if not leaf:
+                raise ValueError(f"search.space.{key} is a section, expected a key of it, such as {_example(section)}")
+            between = []
+            if isinstance(dimension, Range) and not dimension.whole and dimension.grid() is None:
+                between = [dimension.low + 0.382 * (dimension.high - dimension.low)]  # keys of whole numbers refuse it
+            for value in [*search.values(key), *between]:
                 try:
-                    self.with_values({key: choice}, check_pairs=False)
+                    self.with_values({key: value}, check_pairs=False)
                 except JobError as err:
                     raise ValueError(f"search.space.{key}: {err}") from None
-        return self
+        if search.workers_per_trial > 1 and search.trains and self.train.batch_size < search.workers_per_trial:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} is less than search.workers_per_trial "
+                f"{search.workers_per_trial}: raise it"
+            )
+        rounds = [self.prune.rounds, *search.values("prune.rounds")]
+        iterative = "iterative" in (self.prune.schedule, *search.values("prune.schedule"))
+        trained = [e for e in search.ladder(self.recover.epochs) if e]
+        if iterative and search.space and not search.trains and trained and trained[0] < max(rounds):
+            raise ValueError(
+                f"prune.schedule iterative: {max(rounds)} rounds do not fit the {trained[0]} epochs of the first rung "
+                f"that trains; set search.rungs to begin with 0 and {max(rounds)} or more, or search.scheduler none"
+            )
 
     def _check_batch(self) -> None:
         scaling, train = self.scaling, self.train
@@ -134,7 +146,7 @@ class Job(Section):
             check_pairs: False validates the sections alone, not how they go together.
         """
         tree = self.model_dump()
-        tree["search"] = {**tree["search"], "space": {}}
+        tree["search"] = {**tree["search"], "space": {}, "scheduler": "none"}
         for key, value in values.items():
             _set_dotted(tree, key, value)
         if check_pairs:
@@ -147,7 +159,11 @@ class Job(Section):
         return self
 
 
-SEARCHABLE = ("prune", "quantize", "distill", "recover")
+SEARCHABLE = ("prune", "quantize", "distill", "recover", "train", "augment", "model")
+
+
+def _example(section: str) -> str:
+    return next(key for key in valid_keys() if key.startswith(f"{section}."))
 
 
 def differing(before: Job, after: Job) -> list[str]:

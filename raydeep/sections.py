@@ -196,27 +196,6 @@ class Train(Section):
     )
 
 
-DEFAULT_SPACE: dict[str, list[Any]] = {
-    "prune.sparsity": [0.0, 0.5, 0.7, 0.8, 0.9, 0.95],
-    "quantize.weight_bits": [2, 3, 4, 8],
-    "quantize.activation_bits": [None, 4, 8],
-    "distill.enabled": [False, True],
-}
-
-
-class Search(Section):
-    """Ray Tune over any dotted job keys; accuracy (validation) up, bytes of the packed file down."""
-
-    trials: Count = 32
-    space: dict[str, list[Annotated[Any, BeforeValidator(none_word)]]] = Field(
-        default_factory=lambda: dict(DEFAULT_SPACE),
-        description="Dotted job key: list of choices",
-    )
-    concurrent: MaybeCount = Field(None, description="Trials at once; none: one a core")
-    startup_trials: Count = Field(10, description="Random trials before Optuna's TPE models the objectives")
-    max_failed: Annotated[int, Field(ge=0)] = Field(3, description="Stop the search after more failed trials")
-
-
 class Scaling(Section):
     """How many workers, what each gets, and how the training is spread over them. Names as in Ray's ScalingConfig."""
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from raydeep.compress import cost, pack, plan, quantize
+from raydeep.compress import common, cost, pack, plan, quantize
 from raydeep.config import Augment, Job, Quantize, Train
 from raydeep.data.augment import Augmenter
 from raydeep.data.batches import Batches
@@ -263,7 +263,7 @@ def test_calibration_batches_weigh_every_row_alike(digits, rows):
     sizes = [len(images) for images, _ in plan.calibration_batches(digits, rows, seed=0)]
     assert sum(sizes) == rows
     assert min(sizes) > 0.95 * max(sizes)
-    assert max(sizes) <= plan.CALIBRATION_BATCH
+    assert max(sizes) <= common.CALIBRATION_BATCH
 
 
 def test_calibration_rows_are_a_seeded_choice_of_the_train_split(digits):

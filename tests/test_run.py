@@ -15,6 +15,7 @@ from raydeep.config import Job
 from raydeep.errors import RaydeepError, ResourceError
 from raydeep.run import Run
 from raydeep.train import sizing
+from raydeep.tuning import Search
 
 
 def write_half(path: Path) -> None:
@@ -146,32 +147,32 @@ def test_storage_that_can_not_be_made_is_refused(tmp_path, job: Job):
 
 
 def test_a_plan_leaves_cpus_for_data_tasks():
-    assert sizing.plan(4, 2, 1, None) == sizing.Plan(num_cpus=6, concurrent_trials=4)
-    assert sizing.plan(4, 2, 1, 3).concurrent_trials == 3
+    assert sizing.plan(4, 2, 1, Search()) == sizing.Plan(num_cpus=6, concurrent_trials=4)
+    assert sizing.plan(4, 2, 1, Search(concurrent=3)).concurrent_trials == 3
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (
-            {"cores": 2, "workers": 4, "cpus_per_worker": 1, "concurrent": None},
+            {"cores": 2, "workers": 4, "cpus_per_worker": 1, "search": Search()},
             r"workers 4 × cpus_per_worker 1 = 4 CPUs, but this machine has 2; .*\(workers: at most 2\)",
         ),
         (
-            {"cores": 4, "workers": 3, "cpus_per_worker": 1.5, "concurrent": None, "where": "the cluster"},
+            {"cores": 4, "workers": 3, "cpus_per_worker": 1.5, "search": Search(), "where": "the cluster"},
             r"= 4.5 CPUs, but the cluster has 4; .*\(workers: at most 2\)",
         ),
         (
-            {"cores": 8, "workers": 2, "cpus_per_worker": 1, "concurrent": None, "use_gpu": True, "gpus": 1},
+            {"cores": 8, "workers": 2, "cpus_per_worker": 1, "search": Search(), "use_gpu": True, "gpus": 1},
             "scaling.workers 2 needs 2 GPUs, but this machine has 1",
         ),
         (
-            {"cores": 8, "workers": 1, "cpus_per_worker": 1, "concurrent": None, "use_gpu": True},
+            {"cores": 8, "workers": 1, "cpus_per_worker": 1, "search": Search(), "use_gpu": True},
             "needs 1 GPUs, but this machine has 0",
         ),
         (
-            {"cores": 2, "workers": 1, "cpus_per_worker": 1, "concurrent": 3},
-            "search.concurrent 3 needs 3 CPUs, but this machine has 2",
+            {"cores": 2, "workers": 1, "cpus_per_worker": 1, "search": Search(concurrent=3)},
+            "search.concurrent 3: this machine has 2 CPUs, room for 2 trials of search.cpus_per_trial 1; lower it",
         ),
     ],
 )
@@ -182,21 +183,44 @@ def test_a_plan_that_does_not_fit_is_refused_with_its_numbers(arguments, message
 
 def test_a_worker_larger_than_the_machine_gets_no_advice_on_workers():
     with pytest.raises(ResourceError, match=r"= 3 CPUs, but this machine has 2; lower one of them$"):
-        sizing.plan(2, 1, 3, None)
+        sizing.plan(2, 1, 3, Search())
 
 
 @pytest.mark.parametrize(("cores", "workers", "cpus"), [(8, 4, 2), (1, 2, 0.5), (55, 50, 1.1)])
 def test_a_plan_that_takes_all_cpus_is_accepted(cores, workers, cpus):
-    assert sizing.plan(cores, workers, cpus, cores).num_cpus == cores + sizing.SPARE_CPUS
+    assert sizing.plan(cores, workers, cpus, Search(concurrent=cores)).num_cpus == cores + sizing.SPARE_CPUS
 
 
 def test_gpus_are_asked_for_only_if_used():
-    assert sizing.plan(4, 2, 1, None, gpus=0, use_gpu=False).concurrent_trials == 4
-    assert sizing.plan(4, 2, 1, 2, gpus=2, use_gpu=True).concurrent_trials == 2
+    assert sizing.plan(4, 2, 1, Search(), gpus=0, use_gpu=False).concurrent_trials == 4
+    assert sizing.plan(4, 2, 1, Search(concurrent=2), gpus=2, use_gpu=True).concurrent_trials == 2
+
+
+@pytest.mark.parametrize(
+    ("search", "room"),
+    [
+        (Search(cpus_per_trial=0.5), 8),
+        (Search(cpus_per_trial=3), 1),
+        (Search(gpus_per_trial=0.25), 4),
+        (Search(gpus_per_trial=0.25, cpus_per_trial=2), 2),
+        (Search(workers_per_trial=2), 1),  # one GPU each, of two
+    ],
+)
+def test_the_room_for_trials_is_that_of_their_share(search, room):
+    gpus = 2 if search.workers_per_trial > 1 else 1
+    use_gpu = search.gpus_per_trial < 1 or search.workers_per_trial > 1
+    assert sizing.plan(4, 1, 1, search, gpus=gpus, use_gpu=use_gpu).concurrent_trials == room
+
+
+def test_a_trial_without_room_is_refused_with_its_numbers():
+    with pytest.raises(ResourceError, match=r"no trial has room: search.cpus_per_trial 8, but this machine has 4 CPUs"):
+        sizing.plan(4, 1, 1, Search(cpus_per_trial=8))
+    with pytest.raises(ResourceError, match=r"search.workers_per_trial 3, but the cluster has 8 CPUs and 2 GPUs"):
+        sizing.plan(8, 1, 1, Search(workers_per_trial=3), gpus=2, use_gpu=True, where="the cluster")
 
 
 def test_trials_that_take_a_gpu_each_run_at_most_one_a_gpu():
-    assert sizing.plan(16, 1, 1, None, gpus=2, use_gpu=True).concurrent_trials == 2
+    assert sizing.plan(16, 1, 1, Search(), gpus=2, use_gpu=True).concurrent_trials == 2
 
 
 def test_a_run_takes_one_process_at_a_time(job) -> None:

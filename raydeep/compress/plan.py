@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,24 +15,23 @@ import torch
 from torch import nn
 
 from raydeep.compress import cost, masks, pack, prune, quantize, teachers
-from raydeep.compress.observe import Labelled
-from raydeep.data import order
-from raydeep.data.augment import Augmenter, to_input
+from raydeep.compress.common import Common, calibration_batches, training_inputs
+from raydeep.compress.state import State, rebuild, snapshot
+from raydeep.data.augment import Augmenter
 from raydeep.data.batches import Batches, eval_batches
 from raydeep.data.resident import Dataset, Split
 from raydeep.fields import Average
 from raydeep.model import artifact, layers
-from raydeep.train import losses
+from raydeep.train import losses, parallel
 from raydeep.train.loop import fit
 
 if TYPE_CHECKING:
-    from raydeep.config import Augment, Job
+    from raydeep.config import Job
 
-CALIBRATION_BATCH = 256
+__all__ = ["Dense", "Made", "Result", "calibration_batches", "check", "compress", "make", "measure", "training_inputs"]
+
 AVX2_QMAX = 64  # of 8-bit weights: two products with 8-bit activations fit the 16 bits that AVX2 adds them in
 CHANNELS_ROUND_TO = 8  # kernels work on 8 channels at a time: a ResNet-18 of such widths is a seventh faster
-STATISTICS_SHARE = 4  # times calibration_rows
-STATISTICS_BYTES = 2**28
 
 
 class Dense(NamedTuple):
@@ -63,9 +61,9 @@ def check(job: Job, spec: dict[str, Any]) -> None:
     Raises:
         ModelError: the network has no channels that can go, or the teacher does not fit.
     """
-    space = job.search.space
-    kinds = {job.prune.kind, *space.get("prune.kind", [])}
-    shares = {job.prune.sparsity, *space.get("prune.sparsity", [])}
+    values = job.search.values
+    kinds = {job.prune.kind, *values("prune.kind")}
+    shares = {job.prune.sparsity, *values("prune.sparsity")}
     model = artifact.build(spec)
     shapes = {name: module.weight.shape for name, module in layers.compressible(model)}
     if "weights" in kinds:
@@ -77,9 +75,18 @@ def check(job: Job, spec: dict[str, Any]) -> None:
         height, width, depth = spec["input"]
         cfg = job.prune.model_copy(update={"kind": "channels", "sparsity": max(shares)})
         channels.check(spec["model"]["name"], model, torch.zeros(2, depth, height, width), cfg)
-    for teacher in {job.distill.teacher, *space.get("distill.teacher", [])}:
-        if job.distill.enabled or any(space.get("distill.enabled", [])):
+    for teacher in {job.distill.teacher, *values("distill.teacher")}:
+        if job.distill.enabled or any(values("distill.enabled")):
             teachers.load(job.distill.model_copy(update={"teacher": teacher}), spec)
+
+
+class Made(NamedTuple):
+    """A compressed model, not yet measured."""
+
+    packed: bytes
+    state: State  # to go on from
+    history: list[dict[str, Any]]
+    sensitivity: dict[str, dict[int, float]]  # as of Result
 
 
 def compress(
@@ -90,32 +97,54 @@ def compress(
     device: str = "cpu",
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> Result:
-    """Compress the dense network as the job's prune, quantize, distill and recover sections say.
+    """Compress the dense network as the job's prune, quantize, distill and recover sections say, and score it.
 
     Args:
         job: the job, a trial's values set.
         dense: where it starts.
         data: the decoded splits.
-        seed: of order and augmentation in recovery.
+        seed: of order, augmentation and calibration.
         device: where recovery runs; scoring is always on the CPU, where the files are verified.
         on_epoch: called with the metrics of each recovery epoch.
     """
+    made = make(job, dense, data, seed, device, on_epoch)
+    found = measure(made.packed, data, job.train.eval_batch_size, made.history)
+    return found._replace(sensitivity=made.sensitivity)
+
+
+def make(
+    job: Job,
+    dense: Dense,
+    data: Dataset,
+    seed: int,
+    device: str = "cpu",
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    common: Common | None = None,
+    before: State | None = None,
+) -> Made:
+    """As `compress`, without scoring.
+
+    Args:
+        job: as of compress.
+        dense: as of compress.
+        data: as of compress.
+        seed: of order and augmentation in recovery.
+        device: as of compress.
+        on_epoch: as of compress.
+        common: of the search that this belongs to; None: its own, from `seed`.
+        before: go on from there for recover.epochs: masks stay, steps and weights train on, from the peak rate anew.
+    """
     torch.manual_seed(seed)
-    steps = _Steps(job, dense, data, seed, device, on_epoch)
+    steps = _Steps(job, dense, data, seed, device, on_epoch, common or Common(dense, data, seed, device))
     cfg = job.quantize
-    within = cfg.epochs is None
-    steps.prune(quantize_last=within)
-    if not within:
-        steps.quantize()
-        if cfg.epochs:
-            steps.train(cfg.epochs, job.recover.lr * cfg.lr_factor, None)
-    if cfg.weight_bits is not None and not (cfg.epochs or (within and job.recover.epochs)):
+    trains = steps.go_on(before) if before is not None else steps.begin()
+    if before is None and cfg.weight_bits is not None and not trains:
         quantize.post_training(steps.model, cfg, steps.inputs, steps.before)
     else:
         quantize.reestimate_batchnorm(steps.model, steps.inputs)
-    spec, tensors = artifact.freeze(steps.model.eval().cpu(), steps.spec)
-    found = measure(pack.pack(spec, tensors), data, job.train.eval_batch_size, steps.history)
-    return found._replace(sensitivity=steps.sensitivity)
+    model = steps.model.eval().cpu()
+    state = snapshot(model, steps.spec)
+    return Made(pack.pack(*artifact.freeze(model, steps.spec)), state, steps.history, steps.sensitivity)
 
 
 class _Steps:
@@ -129,25 +158,48 @@ class _Steps:
         seed: int,
         device: str,
         on_epoch: Callable[[dict[str, Any]], None] | None,
+        common: Common,
     ) -> None:
-        self.job, self.dense, self.data = job, dense, data
+        self.job, self.dense, self.data, self.common = job, dense, data, common
         self.seed, self.device, self.on_epoch = seed, device, on_epoch
         self.spec = dense.spec
         self.model = artifact.thaw(dense.spec, dense.tensors).requires_grad_(True).train().to(device)
         self.before: nn.Module = self.model  # without quantizers
-        self.labelled = calibration_batches(data, job.quantize.calibration_rows, seed, device)
-        self.inputs = training_inputs(data, job.augment, job.quantize.calibration_rows, seed, device)
+        self.labelled = common.labelled(job.quantize.calibration_rows)
+        self.inputs = common.inputs(job.augment, job.quantize.calibration_rows)
         self.history: list[dict[str, Any]] = []
         self.sensitivity: dict[str, dict[int, float]] = {}
         self.teacher = None
         if job.distill.enabled and job.distill.teacher != "ema":
             named = teachers.load(job.distill, dense.spec)
-            self.teacher = (named or artifact.thaw(dense.spec, dense.tensors)).to(device)
+            self.teacher = (named or artifact.thaw(common.dense.spec, common.dense.tensors)).to(device)
+
+    def begin(self) -> bool:
+        """The whole recipe, from the dense network; whether quantizers were trained."""
+        cfg = self.job.quantize
+        within = cfg.epochs is None
+        self.prune(quantize_last=within)
+        if not within:
+            self.quantize()
+            if cfg.epochs:
+                self.train(cfg.epochs, self.job.recover.lr * cfg.lr_factor, None)
+        return bool(cfg.epochs or (within and self.job.recover.epochs))
+
+    def go_on(self, before: State) -> bool:
+        """Train further."""
+        self.spec = before.spec
+        self.model = rebuild(before).to(self.device)
+        cfg = self.job.quantize
+        rate = cfg.lr_factor if cfg.weight_bits is not None and cfg.epochs else 1.0
+        if self.job.recover.epochs:
+            self.train(self.job.recover.epochs, self.job.recover.lr * rate, None)
+        return True
 
     def prune(self, quantize_last: bool) -> None:
         """Prune and recover, in one round or several; quantizers come before the last one if asked for."""
         cfg, recover = self.job.prune, self.job.recover
-        pruner = prune.prepare(self.model, cfg, recover.epochs > 0, self.labelled)
+        first = self.common.taylor(self.job.quantize.calibration_rows) if self._taylor_of_dense() else None
+        pruner = prune.prepare(self.model, cfg, recover.epochs > 0, self.labelled, first)
         narrows = cfg.active and cfg.kind == "channels"
         rounds = pruner.rounds
         shares = [len(part) for part in np.array_split(np.arange(recover.epochs), rounds)]
@@ -162,6 +214,10 @@ class _Steps:
                 self.quantize()
             if epochs:
                 self.train(epochs, recover.lr, pruner.on_step)
+
+    def _taylor_of_dense(self) -> bool:
+        cfg = self.job.prune
+        return cfg.active and cfg.kind != "channels" and cfg.score == "taylor" and self.dense is self.common.dense
 
     def _narrow(self, share: float) -> None:
         """Take channels out, so much of what there still is."""
@@ -182,7 +238,7 @@ class _Steps:
         if isinstance(cfg.weight_bits, Average):
             from raydeep.compress import allocate
 
-            self.sensitivity = allocate.sensitivity(self.model, self.labelled)
+            self.sensitivity = self.common.sensitivity(cfg.calibration_rows)
             found = dict(layers.compressible(self.model))
             sizes = {name: int(torch.count_nonzero(found[name].weight)) for name in self.sensitivity}  # type: ignore[arg-type]
             bits = allocate.solve(sizes, self.sensitivity, cfg.weight_bits.average)
@@ -194,9 +250,11 @@ class _Steps:
         """Some epochs of the one training loop."""
         job, data = self.job, self.data
         self.model.train()
+        rank, world = parallel.rank_world()  # of a trial on several workers; else 0 of 1
         batches = Batches(
             data.train, Augmenter(job.augment, data.mean, data.std), job.recover.batch_size or job.train.batch_size,
-            self.seed, accumulate=job.train.accumulate, drop_last=job.train.drop_last, device=self.device,
+            self.seed, rank=rank, world=world, accumulate=job.train.accumulate, drop_last=job.train.drop_last,
+            device=self.device,
         )  # fmt: skip
         loss: Any = losses.cross_entropy(job.train.label_smoothing)
         taught = None
@@ -224,53 +282,19 @@ class _Steps:
 
 def measure(packed: bytes, data: Dataset, batch_size: int, history: list[dict[str, Any]] | None = None) -> Result:
     """Score packed bytes: read them back, rebuild the network, evaluate it on val and test."""
-    spec, tensors = pack.unpack(packed)
-    model = artifact.thaw(spec, tensors)
-    val, test = (predictions(model, data, split, batch_size) for split in (data.val, data.test))
+    _, tensors = pack.unpack(packed)
+    val, test = (score(packed, data, split, batch_size) for split in (data.val, data.test))
     return Result(
         packed, float((val == data.val.labels).mean()), float((test == data.test.labels).mean()), val, test,
         cost.count(tensors), cost.weights(tensors), history or [], {},
     )  # fmt: skip
 
 
+def score(packed: bytes, data: Dataset, split: Split, batch_size: int) -> np.ndarray:
+    """Classes that packed bytes, read back, predict for a split: int64 of shape [rows]."""
+    return predictions(artifact.thaw(*pack.unpack(packed)), data, split, batch_size)
+
+
 def predictions(model: torch.nn.Module, data: Dataset, split: Split, batch_size: int) -> np.ndarray:
     """Predicted classes of a split: int64 of shape [rows]."""
     return artifact.predict(model, (m.images for m in eval_batches(split, data.mean, data.std, batch_size)))
-
-
-def training_inputs(data: Dataset, cfg: Augment, rows: int, seed: int, device: str = "cpu") -> list[torch.Tensor]:
-    """Network inputs as training sees them, augmented: what statistics and steps are estimated on.
-
-    A network has learned with the statistics of augmented pictures: those of plain ones cost a ResNet-20 on CIFAR-10 2
-    points of accuracy.
-
-    Args:
-        data: for its train split.
-        cfg: the augment section.
-        rows: STATISTICS_SHARE times so many, if they take no more than STATISTICS_BYTES.
-        seed: of the choice and the draws.
-        device: where they lie.
-
-    Returns:
-        Batches float32 NCHW of one size.
-    """
-    height, width, channels = data.shape
-    size = min(CALIBRATION_BATCH, len(data.train.labels))
-    most = max(rows, STATISTICS_BYTES // (4 * height * width * channels))
-    count = max(1, min(STATISTICS_SHARE * rows, most, len(data.train.labels)) // size)
-    with closing(Batches(data.train, Augmenter(cfg, data.mean, data.std), size, seed, device=device)) as batches:
-        return [micro.images for [micro] in islice(batches.epoch(0), count)]
-
-
-def calibration_batches(data: Dataset, rows: int, seed: int, device: str = "cpu") -> Labelled:
-    """A seeded choice of train rows, not augmented: batches of inputs float32 NCHW and labels int64 N."""
-    chosen = order.epoch_order(seed, 0, len(data.train.labels))[:rows]
-    parts = np.array_split(chosen, -(-len(chosen) // CALIBRATION_BATCH))  # even: averages weigh batches alike
-    read = data.train.read([parts])
-    return [
-        (
-            to_input(torch.from_numpy(images).to(device), data.mean, data.std),
-            torch.from_numpy(data.train.labels[part]).to(device),
-        )
-        for part, images in zip(parts, read, strict=True)
-    ]

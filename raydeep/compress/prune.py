@@ -40,9 +40,11 @@ class Pruner:
             depthwise ones and a first one that reads pictures.
     """
 
-    def __init__(self, model: nn.Module, cfg: Prune, recovers: bool, batches: Labelled = ()) -> None:
+    def __init__(
+        self, model: nn.Module, cfg: Prune, recovers: bool, batches: Labelled = (), first: Tensors | None = None
+    ) -> None:
         """Add masks to a model; arguments and errors are those of `prepare`."""
-        self.model, self.cfg, self.batches = model, cfg, batches
+        self.model, self.cfg, self.batches, self.first = model, cfg, batches, first
         self.rounds = cfg.rounds if cfg.active and cfg.schedule == "iterative" and recovers else 1
         self.on_step: Callable[[int, int], None] | None = None
         self.left_dense: tuple[str, ...] = ()
@@ -115,7 +117,8 @@ class Pruner:
     def _apply(self, *, sparsity: float = 0.0, n_left: int = 0, nested: bool) -> None:
         """Set all masks; `nested`: what is pruned is pruned first (elsewhere a weight may come back)."""
         weights = {name: layers.raw_weight(module) for name, module in self.found.items()}
-        scores = masks.SCORES[self.cfg.score](self.model, weights, self.batches)
+        scores = self.first or masks.SCORES[self.cfg.score](self.model, weights, self.batches)
+        scores, self.first = {name: scores[name] for name in weights}, None
         if nested:
             scores = {name: score.masked_fill(~self.masks[name].mask, -1.0) for name, score in scores.items()}
         if self.cfg.pattern is not None:
@@ -126,7 +129,9 @@ class Pruner:
             mask.mask.copy_(new[name])
 
 
-def prepare(model: nn.Module, cfg: Prune, recovers: bool, batches: Labelled = ()) -> Pruner:
+def prepare(
+    model: nn.Module, cfg: Prune, recovers: bool, batches: Labelled = (), first: Tensors | None = None
+) -> Pruner:
     """Add masks to a model.
 
     Args:
@@ -134,8 +139,9 @@ def prepare(model: nn.Module, cfg: Prune, recovers: bool, batches: Labelled = ()
         cfg: the prune section.
         recovers: whether training follows; without it every schedule is one shot.
         batches: inputs and labels that score taylor is measured on, on the model's device.
+        first: the scores of the model as it is now, where they are known.
 
     Raises:
         JobError: the sparsity would empty a layer, the pattern fits none, or score taylor has no batches.
     """
-    return Pruner(model, cfg, recovers, batches)
+    return Pruner(model, cfg, recovers, batches, first)

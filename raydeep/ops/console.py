@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -20,15 +22,16 @@ class Stage:
         self.console, self.name = console, name
         self.start = self.last = time.monotonic()
         self.text = ""
-        self.live: Progress | None = None
+        self.live: Live | None = None
 
     def __enter__(self) -> Stage:
         if self.console.is_terminal:
-            self.live = Progress(
+            self.bar = Progress(
                 SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(bar_width=24),
-                TextColumn("{task.fields[text]}"), TimeElapsedColumn(), console=self.console, transient=True,
+                TextColumn("{task.fields[text]}"), TimeElapsedColumn(), console=self.console,
             )  # fmt: skip
-            self.task = self.live.add_task(self.name, total=None, text="starting")
+            self.task = self.bar.add_task(self.name, total=None, text="starting")
+            self.live = Live(self.bar, console=self.console, transient=True)
             self.live.start()
         return self
 
@@ -36,10 +39,20 @@ class Stage:
         """Move on."""
         self.text = text
         if self.live is not None:
-            self.live.update(self.task, completed=done, total=total, text=f"{done}/{total} {text}")
+            self.bar.update(self.task, completed=done, total=total, text=f"{done}/{total} {text}")
         elif time.monotonic() - self.last > PLAIN_EVERY_S:
             self.last = time.monotonic()
             self.console.print(f"  {self.name}: {done}/{total} {text}", highlight=False)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Show a small table below the line, where there is a terminal."""
+        if self.live is not None:
+            table = Table(header_style="dim", box=None, padding=(0, 2, 0, 2))
+            for i, column in enumerate(columns):
+                table.add_column(column, justify="right" if i else "left", no_wrap=True)
+            for row in rows:
+                table.add_row(*row)
+            self.live.update(Group(self.bar, table))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

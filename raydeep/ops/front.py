@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from raydeep.deploy.verify import Candidate
 
 
-def finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> None:
-    """Export the front, verify it, write front.json and the report, print the table."""
+def finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> list[dict[str, Any]]:
+    """Export the front, verify it, write front.json and the report, print the table; gives its models' rows."""
     with run.locked():
-        _finish(run, data, trials, ui)
+        return _finish(run, data, trials, ui)
 
 
-def _finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> None:
+def _finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> list[dict[str, Any]]:
     from raydeep.deploy import verify
     from raydeep.report.page import write_report
 
     with ui.stage("export") as stage:
-        chosen = _front(run.job, trials)
-        candidates = [_candidate(run, "dense")]
+        chosen, best = _front(run.job, trials)
+        candidates = [_candidate(run, "dense", data)]
         for i, row in enumerate(chosen):
             stage.update(i, len(chosen), f"model t{row['trial']:03d}")
             candidates.append(export_trial(run, row["trial"], data))
@@ -46,6 +46,8 @@ def _finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> No
         "dense": front_row(run, "dense", None, facts["dense"]),
         "models": [front_row(run, f"t{r['trial']:03d}", r, facts[f"t{r['trial']:03d}"]) for r in good],
         "unverified": [{"label": label, **facts[label]} for label in bad],
+        "objectives": dict(run.job.search.objectives),
+        "best": {name: label for name, label in best.items() if label not in bad},
     }
     write_json(run.path / "front.json", front)
     report = write_report(run.path)
@@ -60,25 +62,48 @@ def _finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> No
             f"{run.model('dense')}: the network does not predict the same in a clean process; does it draw random "
             f"numbers in eval mode?"
         )
+    for row in front["models"] if run.job.search.trains else []:
+        values = next(trial["config"] for trial in trials if trial["trial"] == row["trial"])
+        ui.say(f"{row['label']}: {' '.join(f'{key}={value}' for key, value in values.items())}")
     if front["models"]:
         ui.say(verdict(front))
+    for name, label in front["best"].items():
+        ui.say(f"best with {name}: {label}")
     ui.say(f"report     {report}")
     ui.say(f"models     {run.path / 'models'}")
+    return front["models"]
 
 
-def _front(job: Job, trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Trials on the front of validation accuracy and bytes, smallest last; at most export.max_models."""
+def _front(job: Job, trials: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Trials on the front of the search's objectives, export.max_models at most, and the best under each constraint.
+
+    The best ones are among them; the order is that of the first objective, best first.
+    """
     from raydeep.search import pareto
+    from raydeep.search.objectives import Objectives
 
-    points = [(-row["val_accuracy"], row["bytes"]) for row in trials]
-    return [trials[i] for i in pareto.spread(pareto.non_dominated(points), job.export.max_models)]
+    if not trials:
+        return [], {}
+    objectives = Objectives.of(job.search)
+    found = objectives.front(trials)
+    best = objectives.best(trials)
+    kept = [*pareto.spread(found, job.export.max_models), *best.values()]
+    order = sorted(dict.fromkeys(kept), key=lambda i: (objectives.point(trials[i]), i))
+    return [trials[i] for i in order], {name: f"t{trials[i]['trial']:03d}" for name, i in best.items()}
 
 
-def _candidate(run: Run, label: str) -> Candidate:
+def _candidate(run: Run, label: str, data: Dataset) -> Candidate:
+    """A model with what it predicted when it was scored; the test split, which no search sees, is scored now."""
+    from raydeep.compress import plan
     from raydeep.deploy.verify import Candidate
-    from raydeep.search import tune
+    from raydeep.search.trial import load_predictions, save_predictions
 
-    found = tune.load_predictions(run.path / "trials" / label)
+    folder = run.path / "trials" / label
+    found = load_predictions(folder)
+    if "test" not in found:
+        packed = (folder / "model.rdz").read_bytes()
+        found["test"] = plan.score(packed, data, data.test, run.job.train.eval_batch_size)
+        save_predictions(folder, **found)
     return Candidate(run.model(label), found["val"], found["test"])
 
 
@@ -97,7 +122,7 @@ def export_trial(run: Run, trial: int, data: Dataset) -> Candidate:
     rows = [row for row in read_lines(run.path / "ledger.jsonl") if row.get("trial") == trial]
     if rows and rows[-1].get("artifact_sha256") != sha256_file(file):
         raise RaydeepError(f"{file}: not the file that trial {trial} wrote (its sha256 differs from the ledger's)")
-    candidate = _candidate(run, label)
+    candidate = _candidate(run, label, data)
     sample = forms.sample(data, candidate.val_predictions)
     export.write_model(run.model(label), file.read_bytes(), sample=sample, cfg=run.job.export)
     return candidate

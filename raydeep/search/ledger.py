@@ -1,4 +1,4 @@
-"""The trial ledger: append-only JSONL, fsynced, one writer. What a search resumes from."""
+"""The trial ledger: append-only JSONL, fsynced, one writer. What a search resumes from, and nothing else."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from typing import Any
 from raydeep.errors import JobError
 from raydeep.run import append_line, read_lines
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Ledger:
-    """Finished and failed trials of a search, in the order they ended."""
+    """What became of each trial, in the order it was known.
+
+    The first line holds what the trials' meaning depends on. Then there is a line for each rung that a trial came
+    through and waits at (`event: rung`, `status: paused`), and one for its end (`event: end`, `status: done` or
+    `failed`, `stopped`: why). Times (`seconds`, `cpu_seconds`, `overhead_seconds`, `at`) are all that two searches of
+    one seed on one actor differ in.
+    """
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         """Open or start a ledger.
@@ -35,18 +41,25 @@ class Ledger:
                 raise JobError(
                     f"{path}: made by another search (differs in {', '.join(changed) or 'schema'}); start a new run"
                 )
-        self.rows: dict[int, dict[str, Any]] = {row["trial"]: row for row in lines if "trial" in row}
+        self.lines = [row for row in lines if "trial" in row]
+        self.rows: dict[int, dict[str, Any]] = {row["trial"]: row for row in self.lines if row["event"] == "end"}
+        self.rungs = {(row["trial"], row["rung"]) for row in self.lines if row["event"] == "rung"}
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a trial; once written it is never changed."""
+        """Append a line; once written it is never changed, and a trial has one for each rung and one end."""
         assert row["trial"] not in self.rows, f"trial {row['trial']} is in the ledger already"
+        if row["event"] == "rung":
+            assert (row["trial"], row["rung"]) not in self.rungs, f"trial {row['trial']} has rung {row['rung']} already"
+            self.rungs.add((row["trial"], row["rung"]))
         append_line(self.path, row)
-        self.rows[row["trial"]] = row
+        self.lines.append(row)
+        if row["event"] == "end":
+            self.rows[row["trial"]] = row
 
     def done(self) -> list[dict[str, Any]]:
-        """The finished trials, by number."""
+        """The ends of finished trials, by number."""
         return [row for _, row in sorted(self.rows.items()) if row["status"] == "done"]
 
     def failed(self) -> list[dict[str, Any]]:
-        """The failed trials, by number."""
+        """The ends of failed trials, by number."""
         return [row for _, row in sorted(self.rows.items()) if row["status"] == "failed"]

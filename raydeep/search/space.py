@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from raydeep.tuning import Choices, Range, choices
+
 Config = dict[str, Any]
+Space = Mapping[str, Any]  # dotted key → list of choices, Choices or Range
+
+MOST = 20_000  # configurations that are counted out
 
 
 def canonical(config: Config) -> Config:
@@ -31,10 +36,51 @@ def key(config: Config) -> str:
     return json.dumps(canonical(config), sort_keys=True)
 
 
-def everything(space: dict[str, list[Any]]) -> list[Config]:
-    """All distinct configurations, in a fixed order."""
+def counts(dimension: Any, config: Config) -> bool:
+    """Whether a key has a part in a configuration, by the keys before it."""
+    when = dimension.when if isinstance(dimension, (Choices, Range)) else {}
+    return all(other in config and config[other] in values for other, values in when.items())
+
+
+def everything(space: Space) -> list[Config] | None:
+    """All distinct configurations, in a fixed order; None where a range has no end of them, or they are over MOST."""
+    if any(isinstance(d, Range) and d.grid() is None for d in space.values()):
+        return None
     seen: dict[str, Config] = {}
-    for values in itertools.product(*space.values()):
-        config = canonical(dict(zip(space, values, strict=True)))
+    for n, config in enumerate(_all(list(space.items()), {})):
+        if n >= MOST:
+            return None
+        config = canonical(config)
         seen.setdefault(key(config), config)
     return list(seen.values())
+
+
+def _all(left: list[tuple[str, Any]], config: Config) -> Iterator[Config]:
+    if not left:
+        yield config
+        return
+    (name, dimension), *rest = left
+    if not counts(dimension, config):
+        yield from _all(rest, config)
+        return
+    for value in choices(dimension):
+        yield from _all(rest, {**config, name: value})
+
+
+def distance(space: Space, a: Config, b: Config) -> float:
+    """How unlike two configurations are: over the keys of the space, the share of a range or list between them."""
+    total = 0.0
+    for name, dimension in space.items():
+        if name not in a or name not in b:
+            total += float(name in a or name in b)
+            continue
+        one, other = a[name], b[name]
+        if isinstance(dimension, Range):
+            total += abs(one - other) / (dimension.high - dimension.low)
+        elif one != other:
+            ordered = [v for v in choices(dimension) if isinstance(v, (int, float)) and not isinstance(v, bool)]
+            if one in ordered and other in ordered and len(ordered) > 1:
+                total += abs(ordered.index(one) - ordered.index(other)) / (len(ordered) - 1)
+            else:
+                total += 1.0
+    return total

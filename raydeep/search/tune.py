@@ -1,130 +1,147 @@
-"""Trials on reused Ray Tune actors; Optuna proposes for two objectives; the ledger remembers."""
+"""The search on Ray Tune: trials on reused actors, a scheduler and a searcher that ask one engine."""
 
 from __future__ import annotations
 
-import hashlib
-import random
+import os
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import optuna
+import ray
 from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
-from ray.tune.stopper import Stopper
 
 from raydeep.config import Job
-from raydeep.run import usable_cores, write_bytes, write_json
-from raydeep.search import space
+from raydeep.run import read_json, usable_cores, write_json
+from raydeep.search.engine import Engine, Work
 from raydeep.search.ledger import Ledger
+from raydeep.search.trial import Bench, limit_memory, trial_folder
 
 if TYPE_CHECKING:
-    from raydeep.compress.plan import Dense
+    from raydeep.compress.common import Common
     from raydeep.data.stream import Shared
 
-OBJECTIVES = ("val_accuracy", "bytes")  # up, down
+LOOK_S = 5.0  # between looks at how large a cluster is
+DRIVER_CPUS = 0.1  # of a trial that is itself the driver of workers
+START_S = 30.0  # most that a process may take to start while others wait for it
+GRACE_S = 1.0  # a trial that has waited longer gets a new process, not that of another
+LIVES = 3  # processes that a trial may lose, less one
 
 
-def trial_seed(seed: int, trial: int) -> int:
-    """Seed of a trial's recovery, from the job's seed and the trial's number."""
-    return int(np.random.SeedSequence([seed, trial]).generate_state(1)[0] & 0x7FFFFFFF)
+class ParetoHalving(TrialScheduler):
+    """Multi-objective asynchronous successive halving (rungs.py): a trial that came through a rung waits there.
 
-
-def trial_folder(run: Path, trial: int) -> Path:
-    """Where a trial leaves its packed file and predictions."""
-    return run / "trials" / f"t{trial:03d}"
-
-
-class Proposer(Searcher):
-    """Optuna's TPE over the job's space, never the same configuration twice; writes the ledger.
-
-    Told only final results of whole trials. Replays the ledger, so that a resumed search goes on as one.
+    It waits without a process and without Tune's checkpoint: what it goes on from lies in its own folder. Ray's own
+    schedulers judge by one metric.
     """
 
-    def __init__(self, job: Job, ledger: Ledger, on_trial: Callable[[dict[str, Any]], None] | None) -> None:
-        super().__init__(metric=OBJECTIVES[0], mode="max")
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        cfg = job.search
-        self.space, self.ledger, self.on_trial, self.seed = cfg.space, ledger, on_trial, job.seed
-        sampler = optuna.samplers.TPESampler(seed=job.seed, n_startup_trials=cfg.startup_trials)
-        self.study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
-        self.distributions: dict[str, optuna.distributions.BaseDistribution] = {
-            k: optuna.distributions.CategoricalDistribution([space.plain(choice) for choice in v])
-            for k, v in cfg.space.items()
-        }
-        self.all = space.everything(cfg.space)
-        self.total = min(cfg.trials, len(self.all))
-        self.results: dict[str, dict[str, Any] | None] = {}  # None while it runs
-        self.asked: dict[str, tuple[int, Any, dict[str, Any]]] = {}
-        self.numbers = iter(n for n in range(self.total) if n not in ledger.rows)
-        self.fill = random.Random(job.seed)
-        for row in sorted(ledger.rows.values(), key=lambda row: row["trial"]):
-            self.results[space.key(row["config"])] = row
-            self.study.add_trial(self._finished(row))
+    def __init__(self, engine: Engine, room: Callable[[], int], file: Path) -> None:
+        """Begin.
 
-    def _finished(self, row: dict[str, Any]) -> optuna.trial.FrozenTrial:
-        done = row["status"] == "done"
-        return optuna.trial.create_trial(
-            params=self._params(row["config"]), distributions=self.distributions,
-            state=optuna.trial.TrialState.COMPLETE if done else optuna.trial.TrialState.FAIL,
-            values=[row[name] for name in OBJECTIVES] if done else None,
-        )  # fmt: skip
+        Args:
+            engine: decides and writes down.
+            room: trials that may run at once, as of now.
+            file: where trials read how many of them are starting.
+        """
+        super().__init__()
+        self.engine, self.room = engine, room
+        self.works: dict[str, Work] = {}  # Tune's name of a trial → its last piece of work
+        self.waiting: dict[int, Trial] = {}  # number → Tune's trial
+        self.pending: dict[Trial, float] = {}  # Tune's trials without a process → since when
+        self.file, self.told = file, (0, 0)
 
-    def _params(self, config: dict[str, Any]) -> dict[str, Any]:
-        """A point of Optuna's space that gives this configuration (see space.canonical)."""
-        return {k: space.plain(config[k] if config[k] in choices else choices[0]) for k, choices in self.space.items()}
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """Tune's metric and mode are of one objective: the engine has its own."""
+        return True
 
-    def suggest(self, trial_id: str) -> Any:
-        """The next configuration, as Ray Tune asks for it."""
-        number = next(self.numbers, None)
-        if number is None:
-            return Searcher.FINISHED
-        asked, config = self._new()
-        self.results[space.key(config)] = None
-        self.asked[trial_id] = (number, asked, config)
-        return {"trial": number, "values": config, "seed": trial_seed(self.seed, number)}
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """Tune has a new trial, or starts one again whose process died."""
+        self.pending[trial] = time.monotonic()
 
-    def _new(self) -> tuple[Any, dict[str, Any]]:
-        for _ in range(20):
-            asked = self.study.ask(self.distributions)
-            config = space.canonical(
-                {k: next(c for c in self.space[k] if space.plain(c) == v) for k, v in asked.params.items()}
-            )
-            if space.key(config) not in self.results:
-                return asked, config
-            row = self.results[space.key(config)]
-            if row is not None and row["status"] == "done":
-                self.study.tell(asked, [row[name] for name in OBJECTIVES])  # known: costs nothing, teaches
-            else:
-                self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
-        config = self.fill.choice([c for c in self.all if space.key(c) not in self.results])
-        return None, config
+    def _tell_starting(self) -> None:
+        """Say how many trials wait for a process of their own: see TrialActor._let_start."""
+        now = time.monotonic()
+        self.pending = {t: at for t, at in self.pending.items() if t.status == Trial.PENDING}
+        ages = [now - at for at in self.pending.values() if now - at < START_S]
+        told = (len(ages), sum(age > GRACE_S for age in ages))
+        if told != self.told:
+            write_json(self.file, told)
+            self.told = told
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Ray Tune says that a trial ended."""
-        if trial_id not in self.asked:
-            return
-        number, asked, config = self.asked.pop(trial_id)
-        if error or not result or "status" not in result:
-            result = {"status": "failed", "error": "the trial's process died"}
-        row: dict[str, Any] = {"trial": number, "config": config, "seed": trial_seed(self.seed, number)}
-        row |= {name: result[name] for name in ROW if name in result}
-        if asked is None:
-            self.study.add_trial(self._finished(row))
-        elif row["status"] == "done":
-            self.study.tell(asked, [row[name] for name in OBJECTIVES])
-        else:
-            self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
-        self.results[space.key(config)] = row
-        self.ledger.add(row)
-        if self.on_trial is not None:
-            self.on_trial(row)
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """A trial came through a rung, or failed."""
+        work = self.works[trial.trial_id]
+        if self.engine.take(work, result, retries=trial.run_metadata.num_failures):
+            return TrialScheduler.STOP
+        self.waiting[work.trial] = trial
+        tune_controller.pause_trial(trial, should_checkpoint=False)
+        return TrialScheduler.NOOP
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        """A process has died; whether for good, the searcher is told."""
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        """A trial has ended."""
+
+    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
+        """A trial was taken out while it waited."""
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """A waiting trial whose turn it is; at the end of the search all that wait are taken out."""
+        self._tell_starting()
+        work = self.engine.peek()
+        if work is None:
+            if not self.engine.running:
+                for _, trial in sorted(self.waiting.items()):
+                    tune_controller.stop_trial(trial)
+                self.waiting.clear()
+            return None
+        if work.trial not in self.waiting or self.engine.running >= self.room():
+            return None
+        trial = self.waiting.pop(work.trial)
+        self.engine.begin(work)
+        self.works[trial.trial_id] = work
+        trial.set_config(work._asdict())
+        self.pending[trial] = time.monotonic()
+        return trial
+
+    def debug_string(self) -> str:
+        """For Tune's status lines."""
+        return f"ParetoHalving: {self.engine.running} run, {len(self.waiting)} wait"
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its own state of a search, but the ledger is what this one resumes from."""
+        return {}
+
+
+class Proposer(Searcher):
+    """Asks the engine for new trials, and for those that waited when an earlier session of the search was cut off."""
+
+    def __init__(self, scheduler: ParetoHalving) -> None:
+        super().__init__(metric="val_accuracy", mode="max")  # Tune asks for one; the engine has its own objectives
+        self.scheduler, self.engine = scheduler, scheduler.engine
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial, None: not now, or FINISHED."""
+        work = self.engine.peek()
+        if work is None:
+            return None if self.engine.running or self.scheduler.waiting else Searcher.FINISHED
+        if work.trial in self.scheduler.waiting or self.engine.running >= self.scheduler.room():
+            return None
+        self.engine.begin(work)
+        self.scheduler.works[trial_id] = work
+        return work._asdict()
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Of trials that ended by themselves the engine knows already; here it hears of the others."""
+        work = self.scheduler.works.get(trial_id)
+        if error and work is not None and work.trial not in self.engine.ledger.rows:
+            self.engine.lose(work, f"the trial's process died {LIVES} times; see ray.log. Did it run out of memory?")
+
+    def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def save(self, checkpoint_path: str) -> None:
@@ -134,140 +151,197 @@ class Proposer(Searcher):
         """Nothing: see save."""
 
 
-ROW = (
-    "status", "val_accuracy", "test_accuracy", "bytes", "compression_ratio", "sparsity", "parameters", "nonzeros",
-    "seconds", "cpu_seconds", "artifact_sha256", "error",
-)  # fmt: skip
-
-
-class _TooManyFailed(Stopper):
-    def __init__(self, ledger: Ledger, most: int) -> None:
-        self.ledger, self.most = ledger, most
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        return len(self.ledger.failed()) > self.most
-
-
-class CompressionTrial(tune.Trainable):
-    """One configuration after another in one process: torch is imported once."""
+class TrialActor(tune.Trainable):
+    """One piece of work after another in one process: torch is imported once."""
 
     def setup(self, config: dict[str, Any], **shared: Any) -> None:
-        """Keep the configuration, and what all trials share."""
-        self.proposal = config
+        """Keep the piece of work, and what all trials share."""
+        self.work = config
         if shared:
-            import torch
-
-            torch.set_num_threads(max(1, usable_cores() // shared["concurrent"]))
+            self.shared, self.started = shared, False
             self.job = Job.model_validate(shared["job"])
-            self.dense: Dense = shared["dense"]
-            self.dense_bytes: int = shared["dense_bytes"]
-            self.data = shared["data"].get()
-            self.run_path = Path(shared["run"])
+            if self.job.search.workers_per_trial == 1:
+                self.bench = _bench(shared, self.job, shared["threads"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next configuration."""
-        self.proposal = new_config
+        """Take the next piece of work."""
+        self.work = new_config
         return True
 
     def step(self) -> dict[str, Any]:
-        """Compress, pack, score. An error is a result: the actor lives on."""
-        start, cpu = time.perf_counter(), time.process_time()
-        try:
-            found = {"status": "done", "error": None, **self._compress()}
-        except Exception:  # whatever one trial does, the search goes on; the traceback is in the ledger
-            found = {"status": "failed", "error": traceback.format_exc(limit=8)}
-        return {
-            **found, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu, "done": True,
-        }  # fmt: skip
+        """Work a rung through."""
+        work = Work(**{name: self.work[name] for name in Work._fields})
+        alone = self.job.search.workers_per_trial == 1
+        found = self.bench.do(work) if alone else _on_workers(work, self.job, self.shared)
+        self._let_start()
+        return found
 
-    def _compress(self) -> dict[str, Any]:
-        from raydeep.compress import cost
-        from raydeep.compress.plan import compress
+    def _let_start(self) -> None:
+        """Wait for processes that are starting.
 
-        job = self.job.with_values(self.proposal["values"])
-        result = compress(job, self.dense, self.data, self.proposal["seed"], "cuda" if job.scaling.use_gpu else "cpu")
-        folder = trial_folder(self.run_path, self.proposal["trial"])
-        save_predictions(folder, result.val_predictions, result.test_predictions)
-        if result.sensitivity:
-            write_json(folder / "sensitivity.json", result.sensitivity)
-        write_bytes(folder / "model.rdz", result.packed)
-        return {
-            "val_accuracy": result.val_accuracy,
-            "test_accuracy": result.test_accuracy,
-            "bytes": len(result.packed),
-            "compression_ratio": self.dense_bytes / len(result.packed),
-            "sparsity": 1 - result.weights.nonzeros / cost.weights(self.dense.tensors).parameters,  # zero or gone
-            "parameters": result.cost.parameters,
-            "nonzeros": result.cost.nonzeros,
-            "artifact_sha256": hashlib.sha256(result.packed).hexdigest(),
-        }
+        Tune gives the process of a trial that ends to one that waits for a new process, and cancels that: with trials
+        shorter than a start, a second process would never come to be.
+        """
+        end, which = time.monotonic() + START_S, 1 if self.started else 0
+        self.started = True
+        file = Path(self.shared["starting"])
+        while file.exists() and read_json(file)[which] and time.monotonic() < end:
+            time.sleep(0.05)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: a trial that is cut off starts again."""
+        """Nothing: a rung leaves what the next one goes on from in the trial's folder."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing: see save_checkpoint."""
 
 
-def save_predictions(folder: Path, val: np.ndarray, test: np.ndarray) -> None:
-    """Write `predictions.safetensors`."""
-    from safetensors.numpy import save
+def _bench(shared: Mapping[str, Any], job: Job, threads: int) -> Bench:
+    import torch
 
-    write_bytes(folder / "predictions.safetensors", save({"val": val, "test": test}))
+    torch.set_num_threads(threads)
+    limit_memory(job.search.trial_memory_bytes)
+    device = "cuda" if job.scaling.use_gpu else "cpu"
+    data = shared["data"].get()
+    return Bench(job, Path(shared["run"]), data, shared["common"].receive(data), shared["dense"], device)
 
 
-def load_predictions(folder: Path) -> dict[str, np.ndarray]:
-    """Read `predictions.safetensors`: `val` and `test`, int64 of shape [rows]."""
-    from safetensors.numpy import load
+# a trial on several workers
 
-    return load((folder / "predictions.safetensors").read_bytes())
+
+def _on_workers(work: Work, job: Job, shared: dict[str, Any]) -> dict[str, Any]:
+    """The same on `workers_per_trial` workers of a TorchTrainer; what starting them costs is told apart."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    begun = time.perf_counter()
+    folder = trial_folder(Path(shared["run"]), work.trial)
+    answer = folder / f"answer-{work.rung}.json"
+    answer.unlink(missing_ok=True)
+    scaling = job.scaling
+    name = f"t{work.trial:03d}-{work.rung}-{time.time_ns():x}"
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"work": work._asdict(), "shared": shared, "answer": str(answer)},
+        scaling_config=ScalingConfig(
+            num_workers=job.search.workers_per_trial, use_gpu=scaling.use_gpu,
+            resources_per_worker={"CPU": scaling.cpus_per_worker, **({"GPU": 1} if scaling.use_gpu else {})},
+        ),
+        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
+        run_config=RunConfig(name=name, storage_path=str(Path(shared["run"]) / "ray")),
+    )  # fmt: skip
+    try:
+        trainer.fit()
+        found: dict[str, Any] = read_json(answer)
+    except Exception as err:  # as Bench.do: the search goes on
+        found = {"status": "failed", "error": f"{type(err).__name__}: {err}", "seconds": 0.0, "cpu_seconds": 0.0}
+    took = time.perf_counter() - begun
+    return {**found, "seconds": took, "overhead_seconds": took - found["seconds"]}
+
+
+def _work(config: dict[str, Any]) -> None:
+    """On each worker: the same steps, gradients averaged; worker 0 keeps what comes of them."""
+    import ray.train
+    import torch.distributed as dist
+
+    shared = config["shared"]
+    job = Job.model_validate(shared["job"])
+    context = ray.train.get_context()
+    bench = _bench(shared, job, max(1, usable_cores() // context.get_local_world_size()))
+    bench.keeps = context.get_world_rank() == 0
+    work = Work(**config["work"])
+    if bench.keeps:
+        bench.folder(work)
+    dist.barrier()
+    found = bench.do(work)
+    seconds: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seconds, found["cpu_seconds"])
+    if bench.keeps:
+        write_json(Path(config["answer"]), {**found, "cpu_seconds": sum(seconds)})
+    dist.barrier()
+
+
+# all of them
+
+
+def room_for(job: Job, most: int) -> Callable[[], int]:
+    """Trials that may run at once: `most` on a Ray of this machine, on a cluster as many as it has room for now."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return lambda: most
+    seen = {"at": -LOOK_S, "room": most}
+
+    def room() -> int:
+        if time.monotonic() - seen["at"] > LOOK_S:
+            there = ray.cluster_resources()
+            found = job.search.room(
+                there.get("CPU", 0.0), there.get("GPU", 0.0), job.scaling.cpus_per_worker, job.scaling.use_gpu
+            )
+            seen.update(at=time.monotonic(), room=max(1, found))
+        return int(seen["room"])
+
+    return room
+
+
+def callbacks(job: Job, run_id: str) -> list[Any]:
+    """Ray's own callback for Weights & Biases, where search.track asks for it: a run a trial, grouped."""
+    if "wandb" not in job.search.track:
+        return []
+    from ray.air.integrations.wandb import WandbLoggerCallback
+
+    return [WandbLoggerCallback(project=job.name, group=run_id, log_config=True)]
 
 
 def run_trials(
     job: Job,
     run: Path,
     data: Shared,
-    dense: Dense,
-    dense_bytes: int,
+    common: Common,
+    dense: dict[str, Any],
     ledger: Ledger,
     concurrent: int,
-    on_trial: Callable[[dict[str, Any]], None] | None = None,
-) -> None:
-    """Run the trials that the ledger does not hold yet.
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+    loggers: list[Any] | None = None,
+) -> Engine:
+    """Run the search to its end, from where the ledger is.
 
     Args:
         job: the job.
         run: run folder; `trials/` is written there.
         data: the dataset, shared.
-        dense: the network that every trial starts from.
-        dense_bytes: of its float32 file.
-        ledger: takes every trial as it ends.
-        concurrent: actors at once.
-        on_trial: called with each new row of the ledger.
+        common: what trials share.
+        dense: measures of the dense model: the reference of the hypervolume.
+        ledger: takes every result as it comes.
+        concurrent: trials at once on a Ray of this machine.
+        on_row: called with each new line of the ledger.
+        loggers: callbacks of Ray Tune.
+
+    Returns:
+        The engine, finished, unless the search was interrupted.
     """
-    proposer = Proposer(job, ledger, on_trial)
-    left = proposer.total - len(ledger.rows)
-    if left <= 0:
-        return
+    engine = Engine(job, ledger, dense, on_row)
+    if engine.peek() is None:
+        engine.finish()
+        return engine
+    cfg, alone = job.search, job.search.workers_per_trial == 1
+    starting = run / "ray" / "starting.json"
+    room = room_for(job, concurrent)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, room()))  # all may start at once; `room` bounds them
+    scheduler = ParetoHalving(engine, room, starting)
     trainable = tune.with_parameters(
-        CompressionTrial, job=job.model_dump(mode="json"), run=str(run), data=data, dense=dense,
-        dense_bytes=dense_bytes, concurrent=concurrent,
+        TrialActor, job=job.model_dump(mode="json"), run=str(run), data=data, common=common, dense=dense,
+        starting=str(starting), threads=max(1, usable_cores() // concurrent) if alone else 1,
     )  # fmt: skip
-    gpu = {"gpu": 1} if job.scaling.use_gpu else {}
+    gpu = {"gpu": cfg.gpus_per_trial} if job.scaling.use_gpu and alone else {}
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": 1, **gpu}),
+        tune.with_resources(trainable, {"cpu": cfg.cpus_per_trial if alone else DRIVER_CPUS, **gpu}),
         tune_config=tune.TuneConfig(
-            search_alg=proposer, num_samples=left, max_concurrent_trials=min(concurrent, left), reuse_actors=True
+            search_alg=Proposer(scheduler), scheduler=scheduler, num_samples=-1, reuse_actors=True
         ),
         run_config=tune.RunConfig(
-            name=f"tune-{time.time_ns():x}", storage_path=str(run / "ray"), verbose=0,
-            stop=_TooManyFailed(ledger, job.search.max_failed), failure_config=tune.FailureConfig(max_failures=1),
+            name=f"tune-{time.time_ns():x}", storage_path=str(run / "ray"), verbose=0, callbacks=loggers,
+            failure_config=tune.FailureConfig(max_failures=LIVES - 1),
         ),
     )  # fmt: skip
     tuner.fit()
+    if engine.finished:
+        engine.finish()
+    return engine

@@ -54,7 +54,7 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
 
         gpus = torch.cuda.device_count() if scaling.use_gpu else 0
         plan = sizing.plan(
-            usable_cores(), scaling.min_workers, scaling.cpus_per_worker, search.concurrent, gpus=gpus,
+            usable_cores(), scaling.min_workers, scaling.cpus_per_worker, search, gpus=gpus,
             use_gpu=scaling.use_gpu,
         )  # fmt: skip
         most = scaling.workers_per_node
@@ -73,7 +73,7 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
             _join(address)
             there = ray.cluster_resources()
             plan = sizing.plan(
-                int(there.get("CPU", 0)), scaling.min_workers, scaling.cpus_per_worker, search.concurrent,
+                int(there.get("CPU", 0)), scaling.min_workers, scaling.cpus_per_worker, search,
                 gpus=int(there.get("GPU", 0)), use_gpu=scaling.use_gpu, where="the cluster",
             )  # fmt: skip
         else:

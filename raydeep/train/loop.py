@@ -37,6 +37,7 @@ def fit(
     cfg: Train,
     *,
     epochs: int | None = None,
+    until: int | None = None,
     lr: float | None = None,
     seed: int = 0,
     strategy: parallel.Strategy | None = None,
@@ -59,6 +60,7 @@ def fit(
         batches: this worker's training batches.
         cfg: the train section.
         epochs: instead of cfg.epochs.
+        until: stop after this epoch, for a later call to go on from its checkpoint; the schedule is that of `epochs`.
         lr: peak learning rate instead of cfg.lr.
         seed: of the layers' own randomness (dropout).
         strategy: None: data parallel over the process group, if there is one.
@@ -83,7 +85,7 @@ def fit(
     epochs = cfg.epochs if epochs is None else epochs
     history: list[dict[str, Any]] = []
     with closing(batches):
-        for epoch in range(resume.moment.epoch if resume else 0, epochs):
+        for epoch in range(resume.moment.epoch if resume else 0, until or epochs):
             first = resume.moment.step if resume and resume.moment.epoch == epoch else 0
             loss_sum = resume.moment.loss_sum if resume and first else 0.0
             metrics = run.epoch(epoch, epochs, first, loss_sum, on_step)

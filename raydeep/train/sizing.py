@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from raydeep.errors import ResourceError
+from raydeep.tuning import Search
 
 SPARE_CPUS = 2  # logical CPUs that workers never hold, so that Ray Data's tasks can always be placed
 
@@ -21,7 +22,7 @@ def plan(
     cores: int,
     workers: int,
     cpus_per_worker: float,
-    concurrent: int | None,
+    search: Search,
     *,
     gpus: int = 0,
     use_gpu: bool = False,
@@ -33,7 +34,7 @@ def plan(
         cores: of the machine, or CPUs of the cluster.
         workers: training workers.
         cpus_per_worker: CPUs each reserves.
-        concurrent: trials at once; None: one a core.
+        search: what a trial takes, and how many are to run at once.
         gpus: of the machine or cluster.
         use_gpu: each worker takes one GPU.
         where: for the error.
@@ -53,9 +54,16 @@ def plan(
             f"scaling.use_gpu with scaling.workers {workers} needs {workers} GPUs, but {where} has {gpus}; "
             f"lower workers or set scaling.use_gpu false"
         )
-    if concurrent is not None and concurrent > cores:
+    room = search.model_copy(update={"concurrent": None}).room(cores, gpus, cpus_per_worker, use_gpu)
+    several = search.workers_per_trial > 1
+    takes = f"search.workers_per_trial {search.workers_per_trial}" if several else "search.cpus_per_trial "
+    if not several:
+        takes += f"{search.cpus_per_trial:g}" + (f", gpus_per_trial {search.gpus_per_trial:g}" if use_gpu else "")
+    there = f"{cores} CPUs" + (f" and {gpus} GPUs" if use_gpu else "")
+    if room < 1:
+        raise ResourceError(f"no trial has room: {takes}, but {where} has {there}; lower it")
+    if search.concurrent is not None and search.concurrent > room:
         raise ResourceError(
-            f"search.concurrent {concurrent} needs {concurrent} CPUs, but {where} has {cores}; lower it"
+            f"search.concurrent {search.concurrent}: {where} has {there}, room for {room} trials of {takes}; lower it"
         )
-    at_once = concurrent or max(1, cores)
-    return Plan(max(math.ceil(need - 1e-9), cores) + SPARE_CPUS, min(at_once, gpus) if use_gpu else at_once)
+    return Plan(max(math.ceil(need - 1e-9), cores) + SPARE_CPUS, search.concurrent or room)

@@ -1,0 +1,180 @@
+"""The search stage: what trials are held against, the live view, trackers, and what is said when it ends badly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raydeep.config import Job
+from raydeep.errors import RaydeepError
+from raydeep.ops.console import Stage, Ui
+from raydeep.run import Run, sha256_file
+
+if TYPE_CHECKING:
+    from raydeep.compress.plan import Dense
+    from raydeep.data.resident import Dataset
+    from raydeep.search.ledger import Ledger
+    from raydeep.search.objectives import Objectives
+    from raydeep.search.track import Tracker
+
+
+# what the meaning of a ledger's lines depends on
+FACTS = ("space", "objectives", "constraints", "sampler", "scheduler", "rungs", "reduction", "promote", "warm_starts")
+
+
+def measures(job: Job, run: Run, dense: Dense, data: Dataset) -> dict[str, Any]:
+    """Measures of the dense model, by the names of a trial's: what the hypervolume begins at."""
+    from raydeep.compress import cost
+    from raydeep.model import artifact
+    from raydeep.search.objectives import Objectives
+    from raydeep.search.trial import load_predictions
+
+    labels = data.val.labels
+    right = load_predictions(run.path / "trials" / "dense")["val"] == labels
+    folder = run.model("dense")
+    out: dict[str, Any] = {
+        "val_accuracy": float(right.mean()),
+        "worst_class_accuracy": min(float(right[labels == k].mean()) for k in np.unique(labels)),
+        "bytes": (folder / "model.safetensors").stat().st_size,
+        "macs": cost.macs(artifact.thaw(dense.spec, dense.tensors), tuple(dense.spec["input"])),
+    }
+    if "latency" in Objectives.of(job.search).names:
+        from raydeep.deploy import timing
+        from raydeep.deploy.runtimes import open_onnx
+
+        rows = np.arange(job.export.batch_sizes[0]) % len(labels)
+        [timed] = timing.interleaved(
+            [open_onnx(folder / "model.onnx")], next(iter(data.val.read([[rows]]))), job.export.latency_rounds
+        )
+        out["latency_ms"] = float(f"{timed.facts()['median_ms']:.4g}")
+    return out
+
+
+@contextmanager
+def tracking(job: Job, run: Run) -> Iterator[list[Tracker]]:
+    """The trackers that search.track names, told at the end how it ended."""
+    from raydeep.run import read_lines
+    from raydeep.search import track
+
+    old = [row for row in read_lines(run.path / "ledger.jsonl") if "trial" in row]
+    found = track.trackers(job.search.track, run.path, job.name, job.model_dump(mode="json")["search"], old)
+    status = "failed"
+    try:
+        yield found
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "stopped"
+        raise
+    finally:
+        for tracker in found:
+            tracker.close(status)
+
+
+def search(
+    job: Job, run: Run, data: Dataset, shared: Any, dense: Dense, dataset_hash: str, concurrent: int, ui: Ui,
+    trackers: Sequence[Tracker] = (),
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Run the trials that the ledger does not hold yet, to the end of the search.
+
+    Returns:
+        The ends of the finished trials.
+
+    Raises:
+        RaydeepError: too many failed, or none finished.
+        KeyboardInterrupt: the search was interrupted.
+    """
+    from raydeep.compress.common import Common
+    from raydeep.search import tune
+    from raydeep.search.ledger import Ledger
+    from raydeep.search.objectives import Objectives
+
+    file = run.model("dense") / "model.safetensors"
+    dump = job.model_dump(mode="json")["search"]
+    facts = {name: dump[name] for name in FACTS}
+    facts |= {"seed": job.seed, "dense_sha256": sha256_file(file), "dataset": dataset_hash}
+    ledger = Ledger(run.path / "ledger.jsonl", facts)
+    reference = measures(job, run, dense, data)
+    run.note(reference=reference)
+    objectives, total = Objectives.of(job.search), most_trials(job)
+    with ui.stage("search") as stage:
+        common = Common(dense, data, job.seed, "cuda" if job.scaling.use_gpu else "cpu")
+        if not job.search.trains:
+            common.prepare(job)
+
+        def on_row(row: dict[str, Any]) -> None:
+            for tracker in trackers:
+                tracker.row(row)
+            show(stage, ledger, objectives, total, reference)
+
+        loggers = tune.callbacks(job, run.path.name)
+        engine = tune.run_trials(
+            job, run.path, shared, common.sent(), reference, ledger, concurrent, on_row, loggers
+        )  # fmt: skip
+        done, failed = ledger.done(), ledger.failed()
+        told = f" ({engine.stopped})" if engine.stopped else ""
+        stage.text = f"{len(done)} trials finished, {len(failed)} failed{told}"
+        if len(failed) > job.search.max_failed or not done:
+            reason = failed[0]["error"].strip().splitlines()[-1] if failed else "no trial ran"
+            raise RaydeepError(
+                f"{len(failed)} trials failed (search.max_failed {job.search.max_failed}): {reason}; tracebacks "
+                f"are in {ledger.path}; once mended, start anew with --from {run.path}"
+            )
+        if not engine.finished:
+            raise KeyboardInterrupt  # Ray Tune ends quietly on Ctrl-C, its front would be that of a part
+    return done
+
+
+def most_trials(job: Job) -> int:
+    """Configurations that a search tries at most."""
+    from raydeep.search import space
+
+    most = min(job.search.trials, job.search.population) if job.search.scheduler == "pbt" else job.search.trials
+    every = space.everything(job.search.space)
+    return most if every is None else min(most, len(every))
+
+
+def show(stage: Stage, ledger: Ledger, objectives: Objectives, total: int, reference: Mapping[str, Any]) -> None:
+    """The front so far, with the dense model's measures beside it."""
+    best: dict[int, dict[str, Any]] = {}
+    for row in ledger.lines:
+        if row["status"] != "failed" and objectives.better(row, best.get(row["trial"])):
+            best[row["trial"]] = row
+    rows = list(best.values())
+    if not rows:
+        stage.update(0, total, f"trials, {len(ledger.failed())} failed")
+        return
+    front = [rows[i] for i in objectives.front(rows)]
+    failed = f", {len(ledger.failed())} failed" if ledger.failed() else ""
+    seen = {row["trial"] for row in ledger.lines}
+    volume = ledger.lines[-1]["hypervolume"]
+    stage.update(len(seen), total, f"trials, {len(front)} on the front, hypervolume {volume:.3g}{failed}")
+    from raydeep.search.objectives import FIELDS
+
+    columns = [FIELDS[name] for name in objectives.modes]
+    stage.table(
+        ["model", *objectives.modes, "epochs"],
+        [["dense", *(words(c, reference.get(c)) for c in columns), ""]]
+        + [[f"t{row['trial']:03d}", *(words(c, row[c]) for c in columns), str(row["epochs"])] for row in front],
+    )
+
+
+def words(name: str, value: Any) -> str:
+    """A measure as people read it."""
+    if value is None:
+        return ""
+    if name.endswith("accuracy"):
+        return f"{value:.2%}"
+    return f"{value:.3g} ms" if name == "latency_ms" else f"{value:,}"
+
+
+def clean(run: Path) -> None:
+    """Remove what trials would go on from: the search is over."""
+    import shutil
+
+    for pattern in ("state-*.safetensors", "checkpoints", "rung-*", "answer-*.json"):
+        for path in (run / "trials").glob(f"t*/{pattern}"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,275 @@
+"""What a trial does in its process: one rung of compression, or of training and compression. Knows no Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raydeep.config import Job
+from raydeep.run import read_json, write_bytes, write_json
+from raydeep.search.engine import Work
+from raydeep.search.objectives import Objectives
+
+if TYPE_CHECKING:
+    from raydeep.compress.common import Common
+    from raydeep.compress.plan import Dense, Made
+    from raydeep.compress.state import State
+    from raydeep.data.resident import Dataset
+    from raydeep.train.checkpoint import Checkpoint
+
+
+def trial_folder(run: Path, trial: int | str) -> Path:
+    """Where a trial, by its number or label, leaves its packed file, predictions and what it goes on from."""
+    return run / "trials" / (trial if isinstance(trial, str) else f"t{trial:03d}")
+
+
+def save_predictions(folder: Path, **splits: np.ndarray) -> None:
+    """Write `predictions.safetensors`: classes, int64 of shape [rows], of each split given."""
+    from safetensors.numpy import save
+
+    write_bytes(folder / "predictions.safetensors", save(splits))
+
+
+def load_predictions(folder: Path) -> dict[str, np.ndarray]:
+    """Read `predictions.safetensors`."""
+    from safetensors.numpy import load
+
+    return load((folder / "predictions.safetensors").read_bytes())
+
+
+def limit_memory(limit: int | None) -> None:
+    """Let this process have so many bytes of its own data: more is a MemoryError, not the end of the machine."""
+    if limit is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+class Bench:
+    """Where trials are worked on, one rung after another."""
+
+    def __init__(
+        self, job: Job, run: Path, data: Dataset, common: Common, dense: dict[str, Any], device: str = "cpu"
+    ) -> None:
+        """Begin.
+
+        Args:
+            job: of the search.
+            run: its run folder.
+            data: the decoded splits.
+            common: what trials share; its dense model is what compression starts from.
+            dense: measures of the dense model: `bytes`, and `latency_ms` where latency is an objective.
+            device: where trials train.
+        """
+        self.job, self.run, self.data, self.common, self.device = job, run, data, common, device
+        self.dense = dense
+        self.keeps = True  # not on the further workers of a trial that has several
+
+    def do(self, work: Work) -> dict[str, Any]:
+        """Work a rung through; an error is a result too: the process lives on."""
+        start, cpu = time.perf_counter(), time.process_time()
+        try:
+            found = {
+                "status": "done",
+                "error": None,
+                **(self._train(work) if self.job.search.trains else self._compress(work)),
+            }
+        except Exception:  # whatever one trial does, the search goes on; the traceback is in the ledger
+            found = {"status": "failed", "error": traceback.format_exc(limit=8)}
+        return {**found, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+
+    # compression
+
+    def _compress(self, work: Work) -> dict[str, Any]:
+        from raydeep.compress import state
+
+        folder = self.folder(work)
+        if work.before:
+            before = state.read(folder / f"state-{work.rung - 1}.safetensors")
+            made, start = self._make(work, work.epochs - work.before, self.common.dense, before), work.start
+        else:
+            made, start = self._begin(work)
+        if work.epochs and self.keeps:
+            write_bytes(folder / f"state-{work.rung}.safetensors", state.to_bytes(made.state))
+            (folder / f"state-{work.rung - 2}.safetensors").unlink(missing_ok=True)
+        return {"start": start, **self._keep(work, made)}
+
+    def _begin(self, work: Work) -> tuple[Made, str]:
+        """The first rung, or the first with training, from the better of two starts."""
+        nearest = self._weights(work.neighbour) if work.neighbour else None
+        if work.epochs == 0:
+            made = self._make(work, 0, self.common.dense)
+            if nearest is not None:
+                other = self._make(work, 0, nearest)
+                if self._accuracy(other) > self._accuracy(made):
+                    return other, str(work.neighbour)
+            return made, "dense"
+        start = work.start
+        if nearest and work.score is not None and self._accuracy(self._make(work, 0, nearest)) > work.score:
+            start = str(work.neighbour)
+        begun = (nearest if start == work.neighbour else self._weights(start)) or self.common.dense
+        return self._make(work, work.epochs, begun), start
+
+    def _make(self, work: Work, epochs: int, dense: Dense, before: State | None = None) -> Made:
+        from raydeep.compress import plan
+
+        values = {**work.values, "recover.epochs": epochs}
+        if epochs == 0 and self.job.quantize.epochs:
+            values["quantize.epochs"] = 0
+        job = self.job.with_values(values)
+        return plan.make(job, dense, self.data, work.seed, self.device, common=self.common, before=before)
+
+    def _weights(self, name: str) -> Dense | None:
+        """The float weights that a trial has now, or the dense model's; None of a trial that has none to give."""
+        from raydeep.compress import state
+        from raydeep.compress.plan import Dense
+
+        if name == "dense":
+            return self.common.dense
+        files = sorted(trial_folder(self.run, name).glob("state-*.safetensors"), key=lambda f: int(f.stem[6:]))
+        found = state.read(files[-1]).dense() if files else None
+        return None if found is None else Dense(*found)
+
+    def _accuracy(self, made: Made) -> float:
+        return float((self._predict(made.packed) == self.data.val.labels).mean())
+
+    # training
+
+    def _train(self, work: Work) -> dict[str, Any]:
+        import torch
+
+        from raydeep.compress import pack, plan
+        from raydeep.data.augment import Augmenter
+        from raydeep.data.batches import Batches
+        from raydeep.model import artifact
+        from raydeep.train import checkpoint, losses, parallel
+        from raydeep.train.loop import fit
+
+        folder, data = self.folder(work), self.data
+        job = self.job.with_values(work.values)
+        cfg = job.train
+        epochs = self.job.search.ladder(self.job.train.epochs)[-1]
+        spec = artifact.make_spec(job.model.name, job.model.args, data.classes, data.shape, data.mean, data.std)
+        torch.manual_seed(work.seed)
+        model = artifact.build(spec).to(self.device)
+        rank, world = parallel.rank_world()
+        batches = Batches(
+            data.train, Augmenter(job.augment, data.mean, data.std), cfg.batch_size, work.seed, rank=rank, world=world,
+            accumulate=cfg.accumulate, drop_last=cfg.drop_last, device=self.device,
+        )  # fmt: skip
+        fit(
+            model, losses.cross_entropy(cfg.label_smoothing), batches, cfg, epochs=epochs, until=work.epochs,
+            seed=work.seed, saver=checkpoint.Saver(folder / "checkpoints", keep=1), resume=self._resume(work, folder),
+        )  # fmt: skip
+        last = checkpoint.latest(folder / "checkpoints")
+        if last is not None and self.keeps:  # population-based training copies from it, whatever comes next here
+            self._keep_rung(last.path, folder, work.rung)
+        frozen = artifact.freeze(model.eval().cpu(), spec, fold=False)
+        if job.prune.active or job.quantize.weight_bits is not None:
+            made = plan.make(job, plan.Dense(*frozen), data, work.seed, self.device)
+        else:
+            from raydeep.compress.state import snapshot
+
+            made = plan.Made(pack.pack(*artifact.freeze(model, spec)), snapshot(model, spec), [], {})
+        return {"start": work.donor or "scratch", **self._keep(work, made)}
+
+    def _resume(self, work: Work, folder: Path) -> Checkpoint | None:
+        """The checkpoint that a rung begins from, or was cut off at."""
+        from raydeep.train import checkpoint
+
+        own = checkpoint.latest(folder / "checkpoints")
+        if own is not None and (own.moment.epoch > work.before or own.moment.step):
+            return own
+        if work.donor is not None:
+            return checkpoint.load(trial_folder(self.run, work.donor) / f"rung-{work.rung - 1}")
+        return own
+
+    @staticmethod
+    def _keep_rung(path: Path, folder: Path, rung: int) -> None:
+        shutil.rmtree(folder / f"rung-{rung - 2}", ignore_errors=True)
+        target, aside = folder / f"rung-{rung}", folder / f".rung-{rung}.part"
+        if not target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(path, aside)
+            os.replace(aside, target)
+
+    # both
+
+    def folder(self, work: Work) -> Path:
+        """The trial's folder; emptied if it holds another trial of that number, which a kill has cut off."""
+        folder = trial_folder(self.run, work.trial)
+        if not self.keeps:
+            return folder
+        file = folder / "config.json"
+        about = {"seed": work.seed, "config": work.values}
+        if work.rung == 0 and folder.exists() and not (file.exists() and read_json(file) == about):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, about)
+        return folder
+
+    def _predict(self, packed: bytes) -> np.ndarray:
+        from raydeep.compress import plan
+
+        return plan.score(packed, self.data, self.data.val, self.job.train.eval_batch_size)
+
+    def _keep(self, work: Work, made: Made) -> dict[str, Any]:
+        """Measure the packed model; write it and what it predicts, unless an earlier rung's is better."""
+        from raydeep.compress import cost, pack
+        from raydeep.model import artifact
+
+        val, labels = self._predict(made.packed), self.data.val.labels
+        right = val == labels
+        spec, tensors = pack.unpack(made.packed)
+        model = artifact.thaw(spec, tensors)
+        counted, weights = cost.count(tensors), cost.weights(tensors)
+        dense = cost.weights(artifact.build({**spec, "widths": {}}).state_dict()).parameters
+        found = {
+            "val_accuracy": float(right.mean()),
+            "worst_class_accuracy": min(float(right[labels == k].mean()) for k in np.unique(labels)),
+            "bytes": len(made.packed),
+            "macs": cost.macs(model, tuple(spec["input"])),
+            "compression_ratio": self.dense["bytes"] / len(made.packed),
+            "sparsity": 1 - weights.nonzeros / dense,  # zero or gone
+            "parameters": counted.parameters,
+            "nonzeros": counted.nonzeros,
+            "artifact_sha256": hashlib.sha256(made.packed).hexdigest(),
+        }
+        folder = trial_folder(self.run, work.trial)
+        if not self.keeps:
+            return found
+        if self.dense.get("latency_ms"):
+            found["latency_ms"] = self._latency(folder, made.packed, val)
+        objectives = Objectives.of(self.job.search)
+        if objectives.problem(found) or not objectives.better(found, work.kept):
+            return found
+        save_predictions(folder, val=val)
+        if made.sensitivity:
+            write_json(folder / "sensitivity.json", made.sensitivity)
+        write_bytes(folder / "model.rdz", made.packed)
+        return found
+
+    def _latency(self, folder: Path, packed: bytes, predicted: np.ndarray) -> float:
+        """Milliseconds of the exported model, by the ratio to the dense one that is timed in turns with it."""
+        from raydeep.deploy import export, forms, timing
+        from raydeep.deploy.runtimes import open_onnx
+
+        aside = folder / ".latency"
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            export.write_model(aside, packed, sample=forms.sample(self.data, predicted), cfg=self.job.export)
+            calls = [open_onnx(path / "model.onnx") for path in (self.run / "models" / "dense", aside)]
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        example = self.data.val.read([[np.arange(self.job.export.batch_sizes[0]) % len(self.data.val.labels)]])
+        timed = timing.interleaved(calls, next(iter(example)), self.job.export.latency_rounds)
+        ratio, _ = timing.ratio(*timed)
+        return float(f"{self.dense['latency_ms'] / ratio:.4g}") if math.isfinite(ratio) and ratio > 0 else math.nan
