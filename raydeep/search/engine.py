@@ -144,7 +144,8 @@ class Engine:
         """Write the result of a piece of work down; whether the trial has ended."""
         trial = self.trials[work.trial]
         trial.running, trial.retries = False, retries
-        error = result.get("error") if result.get("status") == "failed" else self.objectives.problem(result)
+        failed = result.get("status") == "failed"
+        error = result.get("error") or "it does not say why" if failed else self.objectives.problem(result)
         if error is not None:
             self._end(trial, "failed", f"failed at rung {work.rung}", str(error), result)
             return True
@@ -189,13 +190,16 @@ class Engine:
         return None
 
     def _next_member(self) -> Work | None:
-        """The next member of a population: all are trained as far before any goes on."""
-        members = [t for t in self.trials.values() if not t.ended]
-        least = min((len(t.rows) for t in members), default=0)
-        trial = next((t for _, t in sorted(self.trials.items()) if self._waits(t, least)), None)
-        if trial is None or least == 0 or len(self.trials) < self.total:
+        """The member of a population that is least far, once half of them all are as far: nobody waits for the last."""
+        members = [t for t in self.trials.values() if not t.ended and len(t.rows) < len(self.ladder)]
+        waiting = sorted((len(t.rows), t.number) for t in members if not t.running)
+        if len(self.trials) < self.total or not waiting or waiting[0][0] == 0:
             return None
-        peers = [t for t in self.trials.values() if len(t.rows) >= least]
+        least, number = waiting[0]
+        if 2 * sum(len(t.rows) >= least for t in members) < len(members):
+            return None
+        trial = self.trials[number]
+        peers = [t for _, t in sorted(self.trials.items()) if len(t.rows) >= least]
         rows = [t.rows[least - 1] for t in peers]
         chance = random.Random(f"{self.job.seed} {trial.number} {least}")
         copied = population.exploit(
@@ -206,13 +210,12 @@ class Engine:
         values = population.explore(self.cfg.space, rows[copied]["config"], chance)
         return self._work(trial, least)._replace(values=values, donor=label(peers[copied].number))
 
-    @staticmethod
-    def _waits(trial: Trial, rows: int) -> bool:
-        return not trial.ended and not trial.running and len(trial.rows) == rows
-
     def _work(self, trial: Trial, rung: int) -> Work:
+        epochs = self.ladder[rung]
+        if self.cfg.scheduler == "none":
+            epochs = trial.config.get("train.epochs" if self.cfg.trains else "recover.epochs", epochs)
         work = Work(
-            trial.number, trial.config, trial.seed, rung, self.ladder[rung], self.ladder[rung - 1] if rung else 0,
+            trial.number, trial.config, trial.seed, rung, epochs, self.ladder[rung - 1] if rung else 0,
             kept={name: trial.best[name] for name in (*FIELDS.values(), "bytes") if name in trial.best}
             if trial.best is not None else None,
         )  # fmt: skip

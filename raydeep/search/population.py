@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raydeep.search import pareto
-from raydeep.search.space import Config, Space
+from raydeep.search.space import Config, Space, counts
 from raydeep.tuning import Range, choices
 
 QUANTILE = 0.25  # so many of the worst copy so many of the best
@@ -38,9 +38,11 @@ def exploit(
 
 def explore(space: Space, config: Config, chance: random.Random) -> Config:
     """A configuration near another: numbers of ranges × 0.8 or 1.2, listed ones a place further, some drawn anew."""
-    out = {}
+    out: Config = {}
     for name, dimension in space.items():
-        anew = chance.random() < RESAMPLE
+        if not counts(dimension, out):
+            continue
+        anew = chance.random() < RESAMPLE or name not in config
         listed = choices(dimension)
         if isinstance(dimension, Range) and not listed:
             out[name] = _draw(dimension, chance) if anew else _near(dimension, config[name], chance)

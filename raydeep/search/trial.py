@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from raydeep.data.resident import Dataset
     from raydeep.train.checkpoint import Checkpoint
 
+KEPT = 4  # rungs of a population's member, for others to copy
+
 
 def trial_folder(run: Path, trial: int | str) -> Path:
     """Where a trial, by its number or label, leaves its packed file, predictions and what it goes on from."""
@@ -122,7 +124,7 @@ class Bench:
         from raydeep.compress import plan
 
         values = {**work.values, "recover.epochs": epochs}
-        if epochs == 0 and self.job.quantize.epochs:
+        if epochs == 0 and self.job.quantize.epochs and self.job.search.scheduler != "none":
             values["quantize.epochs"] = 0
         job = self.job.with_values(values)
         return plan.make(job, dense, self.data, work.seed, self.device, common=self.common, before=before)
@@ -156,7 +158,7 @@ class Bench:
         folder, data = self.folder(work), self.data
         job = self.job.with_values(work.values)
         cfg = job.train
-        epochs = self.job.search.ladder(self.job.train.epochs)[-1]
+        epochs = self.job.search.ladder(cfg.epochs)[-1]
         spec = artifact.make_spec(job.model.name, job.model.args, data.classes, data.shape, data.mean, data.std)
         torch.manual_seed(work.seed)
         model = artifact.build(spec).to(self.device)
@@ -170,7 +172,8 @@ class Bench:
             seed=work.seed, saver=checkpoint.Saver(folder / "checkpoints", keep=1), resume=self._resume(work, folder),
         )  # fmt: skip
         last = checkpoint.latest(folder / "checkpoints")
-        if last is not None and self.keeps:  # population-based training copies from it, whatever comes next here
+        pbt = self.job.search.scheduler == "pbt"
+        if last is not None and self.keeps and pbt:  # others may copy it, whatever comes next here
             self._keep_rung(last.path, folder, work.rung)
         frozen = artifact.freeze(model.eval().cpu(), spec, fold=False)
         if job.prune.active or job.quantize.weight_bits is not None:
@@ -188,13 +191,14 @@ class Bench:
         own = checkpoint.latest(folder / "checkpoints")
         if own is not None and (own.moment.epoch > work.before or own.moment.step):
             return own
-        if work.donor is not None:
-            return checkpoint.load(trial_folder(self.run, work.donor) / f"rung-{work.rung - 1}")
-        return own
+        if work.donor is None:
+            return own
+        theirs = trial_folder(self.run, work.donor) / f"rung-{work.rung - 1}"
+        return checkpoint.load(theirs) if theirs.exists() else own
 
     @staticmethod
     def _keep_rung(path: Path, folder: Path, rung: int) -> None:
-        shutil.rmtree(folder / f"rung-{rung - 2}", ignore_errors=True)
+        shutil.rmtree(folder / f"rung-{rung - KEPT}", ignore_errors=True)
         target, aside = folder / f"rung-{rung}", folder / f".rung-{rung}.part"
         if not target.exists():
             shutil.rmtree(aside, ignore_errors=True)

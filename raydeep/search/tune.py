@@ -160,7 +160,7 @@ class TrialActor(tune.Trainable):
         if shared:
             self.shared, self.started = shared, False
             self.job = Job.model_validate(shared["job"])
-            if self.job.search.workers_per_trial == 1:
+            if self.job.search.workers_per_trial == 1 or self.job.search.ladder(1)[0] == 0:
                 self.bench = _bench(shared, self.job, shared["threads"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -171,7 +171,7 @@ class TrialActor(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Work a rung through."""
         work = Work(**{name: self.work[name] for name in Work._fields})
-        alone = self.job.search.workers_per_trial == 1
+        alone = self.job.search.workers_per_trial == 1 or work.epochs == 0
         found = self.bench.do(work) if alone else _on_workers(work, self.job, self.shared)
         self._let_start()
         return found
