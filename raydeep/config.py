@@ -73,8 +73,8 @@ class Job(Section):
             if not leaf:
                 raise ValueError(f"search.space.{key} is a section, expected a key of it, such as {_example(section)}")
             between = []
-            if isinstance(dimension, Range) and not dimension.whole and dimension.grid() is None:
-                between = [dimension.low + 0.382 * (dimension.high - dimension.low)]  # keys of whole numbers refuse it
+            if isinstance(dimension, Range) and not dimension.whole:  # keys of whole numbers refuse what is between
+                between = dimension.grid() or [dimension.low + 0.382 * (dimension.high - dimension.low)]
             for value in [*search.values(key), *between]:
                 try:
                     self.with_values({key: value}, check_pairs=False)

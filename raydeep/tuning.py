@@ -11,7 +11,15 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from raydeep.fields import Count, MaybeCount, MaybePositive, Positive, Section, none_word
 
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"expected a number, found {value!r}")
+    return value
+
+
 Choice = Annotated[Any, BeforeValidator(none_word)]
+Number = Annotated[int | float, BeforeValidator(_number)]
 When = dict[str, list[Choice]]
 ObjectiveName = Literal["accuracy", "worst_class", "bytes", "latency", "macs"]
 OBJECTIVES: dict[str, Literal["min", "max"]] = {
@@ -30,8 +38,8 @@ class Choices(Section):
 class Range(Section):
     """Numbers from low to high, both included; whole ones if both ends are."""
 
-    low: int | float
-    high: int | float
+    low: Number
+    high: Number
     log: bool = Field(False, description="Even in the logarithm")
     step: Positive | None = Field(None, description="Only low, low + step, …")
     points: Annotated[int, Field(ge=2, le=MOST_POINTS)] | None = Field(None, description="Only so many, evenly spaced")
@@ -89,6 +97,8 @@ def _dimension(value: Any) -> Any:
     except ValidationError as err:
         told = err.errors()[0]
         where = ".".join(map(str, told["loc"]))
+        if told["type"] == "extra_forbidden":
+            raise ValueError(f"{where} is no key of it; expected {', '.join(kind.model_fields)}") from None
         message = str(told["ctx"]["error"]) if told["type"] == "value_error" else told["msg"]
         raise ValueError(f"{where + ': ' if where else ''}{message}") from None
 
@@ -125,7 +135,7 @@ def _objectives(value: Any) -> Any:
 def _rungs(value: Any) -> Any:
     if value == "auto":
         return value
-    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(v, int) for v in value):
+    if not isinstance(value, (list, tuple)) or not value or not all(type(v) is int for v in value):
         raise ValueError("expected auto, or epochs in rising order such as [0, 1, 3, 9]")
     if value[0] < 0 or any(b <= a for a, b in pairwise(value)):
         raise ValueError("expected epochs in rising order, such as [0, 1, 3, 9]")

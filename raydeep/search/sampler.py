@@ -7,6 +7,7 @@ never taken for its last.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from typing import Any
@@ -19,6 +20,7 @@ from raydeep.tuning import Range, Search, choices
 
 GENERATION = optuna.samplers.NSGAIISampler._get_generation_key()  # of a trial: it has no public setter
 TRIES = 20  # draws of Optuna for a configuration that is new
+BLIND = 500  # and after them by chance
 
 
 class Result:
@@ -80,19 +82,27 @@ class Sampler:
         return config
 
     def _next_of_grid(self) -> Config | None:
-        return next((c for c in self.all or [] if space.key(c) not in self.taken), None)
+        return next((c for c in space.each(self.space) if space.key(c) not in self.taken), None)
 
     def _drawn(self) -> Config | None:
         self._learn()
-        for _ in range(TRIES):
-            trial = self.study.ask()
-            config = space.canonical(self._suggest(trial))
-            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)  # its result is told by rung, see _learn
+        found = self._new(self.study, TRIES)
+        if found is not None:
+            return found
+        if self.all is not None:
+            return self.chance.choice([c for c in self.all if space.key(c) not in self.taken])
+        blind = optuna.samplers.RandomSampler(seed=self.chance.randrange(2**31))
+        return self._new(optuna.create_study(sampler=blind), BLIND)
+
+    def _new(self, study: optuna.Study, tries: int) -> Config | None:
+        """A configuration that a study proposes and that is not tried yet."""
+        for _ in range(tries):
+            trial = study.ask()
+            config = self._suggest(trial)
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)  # its result is told by rung, see _learn
             if space.key(config) not in self.taken:
                 return config
-        if self.all is None:
-            return None
-        return self.chance.choice([c for c in self.all if space.key(c) not in self.taken])
+        return None
 
     def _learn(self) -> None:
         """Have the study hold the results of the highest rung that has enough of them, and no others."""
@@ -122,13 +132,14 @@ class Sampler:
             kind = _distribution(dimension)
             if isinstance(kind, optuna.distributions.CategoricalDistribution):
                 drawn = trial.suggest_categorical(name, kind.choices)
-                config[name] = next(c for c in choices(dimension) if space.plain(c) == drawn and _alike(c, drawn))
+                value = next(c for c in choices(dimension) if space.plain(c) == drawn and _alike(c, drawn))
             elif isinstance(kind, optuna.distributions.IntDistribution):
-                config[name] = trial.suggest_int(name, kind.low, kind.high, step=kind.step, log=kind.log)
+                value = trial.suggest_int(name, kind.low, kind.high, step=kind.step, log=kind.log)
             else:
                 assert isinstance(kind, optuna.distributions.FloatDistribution)
-                value = trial.suggest_float(name, kind.low, kind.high, log=kind.log)
-                config[name] = min(max(float(f"{value:.6g}"), kind.low), kind.high)
+                value = trial.suggest_float(name, kind.low, kind.high, step=kind.step, log=kind.log)
+                value = min(max(float(f"{value:.6g}"), kind.low), kind.high)
+            config = space.canonical({**config, name: value})
         return config
 
     def _params(self, config: Config) -> dict[str, Any]:
@@ -136,10 +147,14 @@ class Sampler:
         out = {}
         for name, dimension in self.space.items():
             if name in config:
-                listed = None if isinstance(dimension, Range) and dimension.grid() is None else choices(dimension)
-                value = config[name]
-                known = listed is None or any(value == c and _alike(value, c) for c in listed)
-                out[name] = space.plain(value if known or listed is None else listed[0])
+                kind, value = _distribution(dimension), config[name]
+                if isinstance(kind, optuna.distributions.CategoricalDistribution):
+                    listed = choices(dimension)
+                    known = any(value == c and _alike(value, c) for c in listed)
+                    out[name] = space.plain(value if known else listed[0])
+                else:
+                    assert isinstance(dimension, Range)
+                    out[name] = min(max(value, dimension.low), dimension.high)  # 0 of N:M may lie outside
         return out
 
 
@@ -154,5 +169,8 @@ def _distribution(dimension: Any) -> optuna.distributions.BaseDistribution:
         high = dimension.low + (dimension.high - dimension.low) // step * step
         return optuna.distributions.IntDistribution(int(dimension.low), int(high), log=dimension.log, step=step)
     if isinstance(dimension, Range) and dimension.grid() is None:
-        return optuna.distributions.FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+        high = dimension.high
+        if dimension.step:
+            high = dimension.low + math.floor((high - dimension.low) / dimension.step + 1e-9) * dimension.step
+        return optuna.distributions.FloatDistribution(dimension.low, high, log=dimension.log, step=dimension.step)
     return optuna.distributions.CategoricalDistribution([space.plain(c) for c in choices(dimension)])

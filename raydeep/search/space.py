@@ -47,12 +47,16 @@ def everything(space: Space) -> list[Config] | None:
     if any(isinstance(d, Range) and d.grid() is None for d in space.values()):
         return None
     seen: dict[str, Config] = {}
-    for n, config in enumerate(_all(list(space.items()), {})):
+    for n, config in enumerate(each(space)):
         if n >= MOST:
             return None
-        config = canonical(config)
         seen.setdefault(key(config), config)
     return list(seen.values())
+
+
+def each(space: Space) -> Iterator[Config]:
+    """All configurations in a fixed order, of a space whose ranges have an end; equal ones may come again."""
+    return _all(list(space.items()), {})
 
 
 def _all(left: list[tuple[str, Any]], config: Config) -> Iterator[Config]:
@@ -64,7 +68,7 @@ def _all(left: list[tuple[str, Any]], config: Config) -> Iterator[Config]:
         yield from _all(rest, config)
         return
     for value in choices(dimension):
-        yield from _all(rest, {**config, name: value})
+        yield from _all(rest, canonical({**config, name: value}))
 
 
 def distance(space: Space, a: Config, b: Config) -> float:
