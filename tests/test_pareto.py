@@ -350,3 +350,47 @@ def test_a_bad_reference_is_named():
         pareto.hypervolume([(1, 1)], (2, math.inf))
     with pytest.raises(ValueError, match="points of 2 coordinates, a reference of 3"):
         pareto.hypervolume([(1, 1)], (2, 2, 2))
+
+
+# one front, and the choice from it
+
+
+def brute_force(points: list[Point]) -> set[int]:
+    return {i for i, p in enumerate(points) if not any(dominates(q, p) for q in points) and p not in points[:i]}
+
+
+@given(point_lists(0, 6, sizes=(1, 2, 3), most=25))
+def test_the_front_is_that_of_brute_force_in_the_order_of_its_points(points):
+    front = pareto.non_dominated(points)
+    assert set(front) == brute_force(points)
+    assert [points[i] for i in front] == sorted(points[i] for i in front)
+    assert len(front) == len(set(front))
+
+
+def test_of_equal_points_the_first_stays():
+    assert pareto.non_dominated([(2, 2), (1, 3), (2, 2), (1, 3)]) == [1, 0]
+
+
+@given(st.integers(0, 40), st.integers(1, 12))
+def test_spread_keeps_both_ends_and_the_order(count, most):
+    indices = list(range(100, 100 + count))
+    found = pareto.spread(indices, most)
+    assert len(found) == min(count, most)
+    assert found == sorted(set(found))
+    if count and most > 1:
+        assert (found[0], found[-1]) == (indices[0], indices[-1])
+
+
+def test_spread_is_even():
+    assert pareto.spread(range(9), 3) == [0, 4, 8]
+
+
+def test_the_smallest_close_model_is_chosen_on_validation():
+    rows = [
+        {"val_accuracy": 0.99, "bytes": 900},
+        {"val_accuracy": 0.97, "bytes": 300},  # exactly a point below
+        {"val_accuracy": 0.969, "bytes": 100},
+    ]
+    assert pareto.smallest_close(rows, 0.98) is rows[1]
+    assert pareto.smallest_close(rows, 1.1) is None
+    assert pareto.smallest_close([], 0.5) is None

@@ -86,23 +86,27 @@ class Sampler:
 
     def _drawn(self) -> Config | None:
         self._learn()
-        found = self._new(self.study, TRIES)
-        if found is not None:
-            return found
-        if self.all is not None:
-            return self.chance.choice([c for c in self.all if space.key(c) not in self.taken])
+        config, new = self._proposed(self.study, TRIES)
+        if new:
+            return config
+        if self.all is not None:  # the sampler insists on what is tried already: the most alike of what is not
+            left = [c for c in self.all if space.key(c) not in self.taken]
+            self.chance.shuffle(left)
+            return min(left, key=lambda c: space.distance(self.space, config, c))
         blind = optuna.samplers.RandomSampler(seed=self.chance.randrange(2**31))
-        return self._new(optuna.create_study(sampler=blind), BLIND)
+        config, new = self._proposed(optuna.create_study(sampler=blind), BLIND)
+        return config if new else None
 
-    def _new(self, study: optuna.Study, tries: int) -> Config | None:
-        """A configuration that a study proposes and that is not tried yet."""
+    def _proposed(self, study: optuna.Study, tries: int) -> tuple[Config, bool]:
+        """What a study proposes, and whether it is not tried yet."""
+        config: Config = {}
         for _ in range(tries):
             trial = study.ask()
             config = self._suggest(trial)
             study.tell(trial, state=optuna.trial.TrialState.FAIL)  # its result is told by rung, see _learn
             if space.key(config) not in self.taken:
-                return config
-        return None
+                return config, True
+        return config, False
 
     def _learn(self) -> None:
         """Have the study hold the results of the highest rung that has enough of them, and no others."""
