@@ -15,13 +15,14 @@ import pytest
 from raydeep.errors import RaydeepError
 from raydeep.report.folder import read_run
 from raydeep.report.page import write_report
-from raydeep.report.plots import frame
+from raydeep.report.plots import axes, frame
+from raydeep.report.search import volume
 from raydeep.report.words import answer, duration, size, times
 
 TRIALS, FAILED, EPOCHS = 60, 2, 40
 DENSE_BYTES = 312_000
 CLASSES = list("0123456789")
-VOID = {"meta", "link", "br", "img", "input", "hr"}
+VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
 
 
 def make_run(
@@ -46,6 +47,7 @@ def make_run(
         "hardware": {"cpu": "AMD EPYC 7R13", "cores": 2, "memory_bytes": 8_320_000_000, "gpus": []},
         "git_commit": "0f3c9a7d51e24b6f8a90",
         "seed": 1,
+        "reference": {"val_accuracy": 0.9889, "worst_class_accuracy": 0.9, "bytes": DENSE_BYTES, "macs": 347_392},
         "dataset": {
             "hash": "sha256:9b1e4c07d2",
             "classes": classes,
@@ -105,8 +107,19 @@ def make_run(
     return folder
 
 
+LADDER = (0, 1, 9)  # epochs after each rung
+FACTS = {
+    "schema": 2, "space": {"prune.sparsity": [0.0, 0.9]}, "objectives": {"accuracy": "max", "bytes": "min"},
+    "constraints": [], "scheduler": "halving", "seed": 1,
+}  # fmt: skip
+
+
 def write_ledger(folder: Path, rng: random.Random, error: str) -> list[dict]:
-    lines: list[dict] = [{"schema": 1, "space": {}}]
+    """As the engine writes it: every third trial comes through rung 1, every ninth through rung 2.
+
+    Trial 17 fails at rung 0, trial 41 at rung 1. Every sixth begins rung 1 from trial 1's weights.
+    """
+    lines, finals = [], []
     for trial in range(TRIALS):
         config = {
             "prune.sparsity": rng.choice([0.0, 0.5, 0.7, 0.8, 0.9, 0.95]),
@@ -118,29 +131,46 @@ def write_ledger(folder: Path, rng: random.Random, error: str) -> list[dict]:
         loss = 0.25 / bits**2.5 + 0.002 / kept**1.2 + abs(rng.gauss(0, 0.006)) - 0.002 * config["distill.enabled"]
         accuracy = max(0.11, 0.988 - loss - (0.3 if bits == 2 and kept < 0.2 else 0))
         packed = int(900 + DENSE_BYTES * kept * (bits + 1.6 * (kept < 1)) / 32 * rng.uniform(0.9, 1.0))
+        common = {"trial": trial, "config": config, "seed": trial}
+        rungs = 0 if trial == 17 else 1 if trial == 41 else 3 if trial % 9 == 0 else 2 if trial % 3 == 0 else 1
+        for rung in range(rungs):
+            measures = {
+                "rung": rung, "epochs": LADDER[rung], "start": "t001" if rung and trial % 6 == 0 else "dense",
+                "val_accuracy": round(accuracy - 0.02 * (rungs - 1 - rung), 4), "worst_class_accuracy": 0.8,
+                "bytes": packed, "macs": 347_392, "compression_ratio": DENSE_BYTES / packed, "sparsity": 1 - kept,
+                "parameters": 78_000, "nonzeros": int(78_000 * kept),
+            }  # fmt: skip
+            times = {"seconds": 1.0 + rung, "cpu_seconds": 0.5 + rung, "at": 3.0 + len(lines)}
+            volume = {"hypervolume": round(60 - 60 / (1 + len(lines)), 4)}
+            lines.append({**common, "event": "rung", "status": "paused", **measures, **times, **volume})
         failed = trial in (17, 41)
-        lines.append(
+        stopped = f"failed at rung {rungs}" if failed else f"not promoted from rung {rungs - 1}"
+        finals.append(
             {
-                "trial": trial,
+                **common,
+                "event": "end",
                 "status": "failed" if failed else "done",
-                "config": config,
-                "seed": trial,
-                "val_accuracy": None if failed else round(accuracy, 4),
-                "test_accuracy": None if failed else round(accuracy - rng.uniform(-0.003, 0.008), 4),
-                "bytes": None if failed else packed,
-                "compression_ratio": None if failed else DENSE_BYTES / packed,
-                "sparsity": None if failed else 1 - kept,
-                "parameters": 78_000,
-                "nonzeros": int(78_000 * kept),
-                "seconds": rng.uniform(2.5, 4.0),
-                "cpu_seconds": rng.uniform(2.4, 3.9),
-                "artifact_sha256": "00ff",
-                "error": f"Traceback (most recent call last):\n  File x, line 1\n{error}" if failed else None,
+                "stopped": "through all rungs" if rungs == 3 else stopped,
+                "error": error if failed else None,
+                "rungs": rungs,
+                **(measures if rungs else {}),
+                "hypervolume": 60.0,
+                "seconds": sum(1.0 + rung for rung in range(rungs)),
+                "cpu_seconds": 0.5 * rungs,
+                "at": 400.0,
             }
         )
+    put(folder, [FACTS, *lines, *finals])
+    return [line for line in finals if line["status"] == "done"]
+
+
+def put(folder: Path, lines: list[dict]) -> None:
     with (folder / "ledger.jsonl").open("w") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
-    return [line for line in lines[1:] if line["status"] == "done"]
+
+
+def ledger(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
 
 
 def choose(done: list[dict]) -> list[dict]:
@@ -161,7 +191,8 @@ def front_row(row: dict, rng: random.Random) -> dict:
     config = row["config"]
     return {
         "label": f"t{row['trial']:03d}",
-        **{key: row[key] for key in ("trial", "val_accuracy", "test_accuracy", "bytes", "compression_ratio")},
+        **{key: row[key] for key in ("trial", "val_accuracy", "bytes", "compression_ratio")},
+        "test_accuracy": round(row["val_accuracy"] - rng.uniform(-0.003, 0.008), 4),
         "onnx_bytes": 90_000,
         "latency_ms": 0.021,
         "latency_ratio": rng.uniform(0.8, 6.5),
@@ -255,7 +286,7 @@ def test_every_finished_trial_is_a_point_and_the_front_is_the_front(run_dir: Pat
     assert {len(column) for column in points["config"].values()} == {TRIALS - FAILED}
     assert points["config"]["quantize.activation_bits"].count("none") > 0
     expected = [row["trial"] for row in choose(done)]
-    assert [points["trial"][i] for i in page.data["front"]] == expected
+    assert [points["trial"][i] for i in page.data["front"]][::-1] == expected  # the most accurate first
     assert f"{FAILED} trials failed and are not drawn" in page.text
 
 
@@ -386,6 +417,161 @@ def test_half_finished_search(tmp_path: Path) -> None:
     assert not any("data-point" in attrs for _, attrs in page.tags)
 
 
+def test_search_that_goes_on_counts_each_trial_by_its_best_rung(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "front.json").unlink()
+    lines = ledger(run)
+    rungs = [line for line in lines if line.get("event") == "rung"]
+    better = {**rungs[0], "rung": 7, "val_accuracy": 0.2, "seconds": 10.0}  # trial 0 got worse
+    put(run, [FACTS, *rungs, better, *(line for line in lines if line.get("trial") in (1, 17) and "rungs" in line)])
+    found = read_run(run)
+    assert (len(found.done), [row["trial"] for row in found.failed]) == (59, [17])
+    assert len(found.going) == 58
+    first = found.trials[0]
+    assert first["val_accuracy"] == max(row["val_accuracy"] for row in rungs if row["trial"] == 0)
+    assert first["seconds"] == 1 + 2 + 3 + 10
+    page = Page(write_report(run))
+    assert "Not finished: 60 of 60 trials begun, 2 of them ended." in page.text
+    assert len(page.data["points"]["bytes"]) == 59
+    assert page.data["dense"]["macs"] == 347_392  # provenance.json has the dense model's measures
+    assert ["not ended yet", "58"] in page.rows
+
+
+def test_ledger_of_schema_1(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    new = ("event", "stopped", "rungs", "rung", "epochs", "start", "worst_class_accuracy", "macs", "hypervolume", "at")
+    ends = [row for row in ledger(run) if row.get("event") == "end"]
+    old = [{k: v for k, v in row.items() if k not in new} | {"test_accuracy": 0.9} for row in ends]
+    expected = Page(write_report(run)).data["front"]
+    put(run, [{"schema": 1, "space": {}}, *old])
+    page = Page(write_report(run))
+    assert page.data["front"] == expected
+    assert len(page.data["points"]["bytes"]) == TRIALS - FAILED
+    assert page.data["axes"] == {"x": "bytes", "y": "val_accuracy"}
+    assert page.data["volume"] is None
+    assert "h-search" not in {attrs.get("id") for _, attrs in page.tags}
+    assert f"{FAILED} trials failed and are not drawn" in page.text
+
+
+def test_how_the_search_went(run_dir: Path, page: Page) -> None:
+    rungs = [row for row in ledger(run_dir) if row.get("event") == "rung"]
+    for k, epochs in enumerate(LADDER):
+        through = sum(row["rung"] == k for row in rungs)
+        assert [str(k), str(epochs), str(through), f"{1 + k}.0\u00a0s", f"{0.5 + k}\u00a0s"] in page.rows
+    for reason, trials in (("through all rungs", "7"), ("failed at rung 0", "1"), ("not promoted from rung 0", "38")):
+        assert [reason, trials] in page.rows
+    others = len({row["trial"] for row in rungs if row["start"] == "t001"})
+    assert f"2 trials failed. {others} of 59 trials began a rung from another trial’s weights." in page.text
+    assert "Starting and stopping" not in page.text
+    drawn = page.data["volume"]
+    assert (drawn["at"][:2], drawn["trials"][-1], len(drawn["value"])) == ([3, 4], 59, len(rungs))
+    assert "in points of accuracy × doublings of size. A model as accurate as the dense one at half its" in page.text
+
+
+def test_workers_of_trials_and_a_hypervolume_of_one_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    rungs = [row for row in ledger(run) if row.get("event") == "rung"][:3]
+    took = zip(rungs, (20, 30, 31), strict=True)
+    put(run, [FACTS, *(row | {"seconds": 40.0, "overhead_seconds": seconds} for row, seconds in took)])
+    text = Page(write_report(run)).text
+    assert "workers of a trial took a median of 30.0\u00a0s a rung, 68% of the time in trials." in text
+    put(run, [FACTS, rungs[0]])
+    page = Page(write_report(run))
+    assert page.data["volume"] is None
+    assert "plot-volume" not in {attrs.get("id") for _, attrs in page.tags}
+    put(run, [FACTS, *(row | {"hypervolume": 0.0} for row in rungs)])
+    page = Page(write_report(run))
+    assert "It stayed 0: no trial lies beyond that corner." in page.text
+    assert "plot-volume" not in {attrs.get("id") for _, attrs in page.tags}
+
+
+def test_front_is_that_of_the_objectives_and_constraints(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "front.json").unlink()
+    rung = {"event": "rung", "status": "paused", "rung": 0, "epochs": 1, "config": {}, "start": "scratch"}
+    measured = [  # accuracy, worst class, bytes, ms
+        (0.95, 0.50, 900, 4.0),
+        (0.97, 0.80, 1000, 3.0),  # beaten in both objectives by the next
+        (0.96, 0.90, 2000, 2.0),
+        (0.90, 0.70, 3000, 1.0),
+        (0.99, 0.99, 4000, None),  # can't be judged
+    ]
+    lines = [
+        {**rung, "trial": i, "val_accuracy": a, "worst_class_accuracy": w, "bytes": b, "latency_ms": ms}
+        for i, (a, w, b, ms) in enumerate(measured)
+    ]
+    put(run, [FACTS | {"objectives": {"latency": "min", "worst_class": "max"}}, *lines])
+    page = Page(write_report(run))
+    assert page.data["front"] == [3, 2]
+    one = "covers 10 by itself"  # or 20, where the corner lies at twice the dense model's latency
+    assert "doublings of latency × points of accuracy of the worst class" in volume(read_run(run))
+    assert (one in volume(read_run(run))) == ("at its latency" in volume(read_run(run)))
+    assert page.data["axes"] == {"x": "latency_ms", "y": "worst_class_accuracy"}
+    offered = {a["value"] for tag, a in page.tags if tag == "option"}
+    assert {"val_accuracy", "worst_class_accuracy", "bytes", "latency_ms"} <= offered
+    assert "macs" not in offered
+    assert "the trials that no other beats in latency and accuracy of the worst class." in page.text
+    put(run, [FACTS | {"constraints": ["accuracy >= 0.955"]}, *lines])
+    page = Page(write_report(run))
+    assert page.data["front"] == [4, 1]
+    assert "of the trials with accuracy ≥\u00a095.5%, the trials that no other beats" in page.text
+    put(run, [FACTS | {"constraints": ["latency <= 0.5"]}, *lines])
+    page = Page(write_report(run))
+    assert page.data["front"] == [3]
+    assert "No trial has latency ≤\u00a00.5\u00a0ms. On the front are, of those nearest to it," in page.text
+
+
+@pytest.mark.parametrize(
+    ("objectives", "x", "y"),
+    [
+        (["val_accuracy", "bytes"], "bytes", "val_accuracy"),
+        (["bytes", "val_accuracy"], "bytes", "val_accuracy"),
+        (["macs", "bytes"], "bytes", "macs"),
+        (["val_accuracy", "worst_class_accuracy"], "worst_class_accuracy", "val_accuracy"),
+        (["latency_ms"], "latency_ms", "val_accuracy"),
+        (["val_accuracy", "latency_ms", "bytes"], "latency_ms", "val_accuracy"),
+    ],
+)
+def test_axes(objectives: list[str], x: str, y: str) -> None:
+    present = ["val_accuracy", "worst_class_accuracy", "bytes", "macs", "latency_ms"]
+    assert axes(objectives, present) == {"x": x, "y": y}
+    assert axes(objectives, ["val_accuracy", "bytes"]) == {"x": "bytes", "y": "val_accuracy"}
+
+
+def test_best_under_each_constraint(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    front = json.loads((run / "front.json").read_text())
+    lines = ledger(run)
+    put(run, [FACTS | {"constraints": ["accuracy >= 0.97", "bytes <= 1_000"]}, *lines[1:]])
+    model = front["models"][0]
+    dump(run / "front.json", front | {"best": {"accuracy >= 0.97": model["label"], "gone >= 1": "t999"}})
+    rows = Page(write_report(run)).rows
+    measures = [f"{100 * model['test_accuracy']:.1f}%", f"{100 * model['val_accuracy']:.1f}%", size(model["bytes"])]
+    assert ["accuracy ≥\u00a097%", model["label"], *measures] in rows
+    assert ["size ≤\u00a01,000 bytes", "no verified model meets it"] in rows
+    assert ["gone >= 1", "t999", "–", "–", "–"] in rows
+
+
+def test_sweep_shows_what_was_swept(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "job.yaml").write_text("train:\n  lr: 0.05\nmodel:\n  name: seed\n  args: {}\n")
+    front = json.loads((run / "front.json").read_text())
+    front["models"] = [model | {"sparsity": 0.0} for model in front["models"]]
+    dump(run / "front.json", front)
+    config = {"train.lr": 0.1, "model.args": {"width": 8}, "augment.policy": None}
+    lines = [row | {"config": config} if "config" in row else row for row in ledger(run)]
+    space = {"train.lr": {"low": 0.1, "high": 1}, "model.args": [], "augment.policy": [], "augment.crop": []}
+    put(run, [FACTS | {"space": space}, *lines[1:]])
+    page = Page(write_report(run))
+    head = next(row for row in page.rows if row[0] == "Model")
+    assert head[-5:] == ["Speed", *space]
+    rows = {row[0].removesuffix("answer"): row[6:] for row in page.rows if len(row) == len(head)}
+    assert rows["dense"] == ["0.05", "{}", "–", "–"]
+    assert rows[front["models"][0]["label"]] == ["0.1", "width: 8", "none", "–"]
+    put(run, [FACTS | {"space": space | {"prune.sparsity": [0.5]}}, *lines[1:]])
+    assert next(row for row in Page(write_report(run)).rows if row[0] == "Model")[-1] == "Distilled"
+
+
 def test_only_a_job(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("name: digits\n")
     page = Page(write_report(tmp_path))
@@ -480,6 +666,8 @@ def test_words() -> None:
     assert frame([0.98, 0.97, 0.96, 0.95, 0.1]) == 0.88
     assert frame([0.98, 0.1, 0.1, 0.1]) is None
     assert frame([]) is None
+    assert frame([0.98, 0.97, 0.96, 0.95], [0.1, 0.1, 0.1]) == 0.88  # those given up early may lie outside
+    assert frame([0.98, 0.97, 0.96, 0.95], [0.9]) is None
 
 
 PROBE = """<script>
@@ -491,9 +679,24 @@ rows[2].dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", bubbles: true}
 seen.by_row = [current(), drawn(), document.getElementById("readout").textContent];
 plot.emit("plotly_click", {points: [{customdata: Number(rows[1].dataset.point)}]});
 seen.by_plot = current();
-document.querySelector("[data-accuracy=test_accuracy]").click();
+const choose = (axis, name) => {
+  const box = document.getElementById("axis-" + axis);
+  box.value = name;
+  box.dispatchEvent(new Event("change"));
+};
+const front = () => plot.data.find((trace) => trace.name === "front");
+seen.sizes = plot.data.slice(0, 2).map((trace) => [trace.name, trace.x.length, trace.marker.size]);
+seen.line = front().mode;
+choose("y", "test_accuracy");
 seen.test_title = plot.layout.yaxis.title.text;
-seen.test_y = plot.data[1].y;
+seen.test_y = front().y;
+choose("x", "worst_class_accuracy");
+seen.heading = document.getElementById("h-front").textContent;
+seen.no_line = front().mode;
+const volume = document.getElementById("plot-volume");
+seen.volume = [volume.data[0].x.at(-1)];
+document.querySelector("[data-over=trials]").click();
+seen.volume.push(volume.data[0].x.at(-1), volume.data[0].y.length);
 const layers = document.getElementById("layers-of"), layerPlot = document.getElementById("plot-layers");
 layers.value = "1";
 layers.dispatchEvent(new Event("change"));
@@ -538,8 +741,18 @@ def test_browser_draws_every_point_and_links_rows_without_an_error(tmp_path: Pat
     assert "prune.sparsity" in seen["by_row"][2]
     assert seen["by_plot"] == [linked[1]]
     assert (seen["title"], seen["test_title"]) == ("validation accuracy", "test accuracy")
-    assert seen["test_y"] == [points["test_accuracy"][i] for i in page.data["front"]]
-    assert seen["plots"] == 5
+    short = sum(page.data["points"]["rungs"][i] == 1 for i in range(TRIALS - FAILED) if i not in page.data["front"])
+    rest = TRIALS - FAILED - len(page.data["front"]) - short
+    assert seen["sizes"] == [["stopped at rung 0", short, 5], ["trained further", rest, 8]]
+    tested = [points["test_accuracy"][i] for i in page.data["front"][::-1]]
+    assert seen["test_y"] == [y for y in tested if y is not None]
+    assert (seen["line"], seen["no_line"]) == ("lines+markers", "markers")
+    assert seen["heading"] == "Test accuracy against accuracy of the worst class"
+    assert "epochs " in seen["by_row"][2]
+    assert "began from " in seen["by_row"][2]
+    lines = page.data["volume"]["at"]
+    assert seen["volume"] == [lines[-1], TRIALS - 1, len(lines)]
+    assert seen["plots"] == 6
     label, bits, table_bits, bars = seen["layers"]
     chosen = next(m for m in page.data["layers"] if m["label"] == label)
     assert (bits, table_bits) == (chosen["bits"], [str(b) for b in chosen["bits"]])

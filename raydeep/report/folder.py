@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ from typing import Any
 import yaml
 
 from raydeep.errors import RaydeepError
+from raydeep.search.objectives import Objectives
+from raydeep.tuning import Search
+
+DEFAULT = Objectives.of(Search())
+SUMS = ("seconds", "cpu_seconds", "overhead_seconds")  # of a trial: over its rungs
 
 
 @dataclass(frozen=True)
@@ -21,20 +27,28 @@ class Run:
     job_text: str
     provenance: dict[str, Any]
     metrics: list[dict[str, Any]] = field(default_factory=list)  # by stage, then epoch; one line each
-    trials: list[dict[str, Any]] = field(default_factory=list)  # by trial number; one line each
+    trials: list[dict[str, Any]] = field(default_factory=list)  # by trial number; its end, or its best rung so far
+    rungs: list[dict[str, Any]] = field(default_factory=list)  # as they came through; one line each
+    facts: dict[str, Any] = field(default_factory=dict)  # what the search is about: the ledger's first line
+    objectives: Objectives = DEFAULT  # of the search
     front: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
     skipped: dict[str, int] = field(default_factory=dict)  # file name: unreadable lines before its last
 
     @property
     def done(self) -> list[dict[str, Any]]:
-        """Trials that finished."""
-        return [row for row in self.trials if row.get("status") == "done"]
+        """Trials with a result: those that finished, and of a search that goes on those that wait at a rung."""
+        return [row for row in self.trials if row.get("status") != "failed"]
 
     @property
     def failed(self) -> list[dict[str, Any]]:
-        """Trials that did not."""
-        return [row for row in self.trials if row.get("status") != "done"]
+        """Trials that failed."""
+        return [row for row in self.trials if row.get("status") == "failed"]
+
+    @property
+    def going(self) -> list[dict[str, Any]]:
+        """Trials that have not ended."""
+        return [row for row in self.trials if row.get("event") == "rung"]
 
     @property
     def dense(self) -> dict[str, Any] | None:
@@ -56,6 +70,11 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
+def numbers(rows: Iterable[dict[str, Any]], key: str) -> list[float]:
+    """The finite numbers under a key, of the rows that have one."""
+    return [value for row in rows if (value := number(row.get(key))) is not None]
+
+
 def read_run(run_dir: Path) -> Run:
     """Read what a run folder holds so far.
 
@@ -63,7 +82,8 @@ def read_run(run_dir: Path) -> Run:
         run_dir: Folder with at least `job.yaml` or `provenance.json`.
 
     Returns:
-        The run. Of repeated lines (a resumed run repeats epochs) the last one counts.
+        The run. Of repeated lines (a resumed run repeats epochs) the last one counts. Ledgers of both schemas are
+        read: in schema 2 a trial has a line for each rung, in schema 1 only one.
 
     Raises:
         RaydeepError: If the folder is no run, or one of its whole files can't be parsed.
@@ -90,21 +110,53 @@ def read_run(run_dir: Path) -> Run:
         if (epoch := number(row.get("epoch"))) is not None
     }
     stages = list(dict.fromkeys(stage for stage, _ in metrics))
-    trials = {
-        int(trial): row
-        for row in _lines(run_dir / "ledger.jsonl", skipped)
-        if (trial := number(row.get("trial"))) is not None
-    }
+    lines = _lines(run_dir / "ledger.jsonl", skipped)
+    facts = next((row for row in lines if "trial" not in row), {})
+    objectives = _objectives(facts or job.get("search"))
+    lines = [row | {"trial": int(trial)} for row in lines if (trial := number(row.get("trial"))) is not None]
+    rungs = {(row["trial"], row.get("rung")): row for row in lines if row.get("event") == "rung"}
+    trials = _so_far(list(rungs.values()), objectives)
+    trials |= {row["trial"]: row for row in lines if row.get("event") != "rung"}  # schema 1 has one line a trial
     return Run(
         job=job,
         job_text=job_text,
         provenance=_object(run_dir / "provenance.json") or {},
         metrics=[metrics[key] for key in sorted(metrics, key=lambda key: (stages.index(key[0]), key[1]))],
         trials=[trials[key] for key in sorted(trials)],
+        rungs=list(rungs.values()),
+        facts=facts,
+        objectives=objectives,
         front=_object(run_dir / "front.json"),
         evaluation=_object(run_dir / "evaluation.json"),
         skipped=skipped,
     )
+
+
+def _objectives(section: Any) -> Objectives:
+    """Those of the ledger's first line or of a job's search section; accuracy and bytes where they are not told."""
+    known = section if isinstance(section, dict) else {}
+    try:
+        return Objectives.of(
+            Search.model_validate({name: known[name] for name in ("objectives", "constraints") if name in known})
+        )
+    except ValueError:  # pydantic's, too
+        return DEFAULT
+
+
+def _so_far(rungs: list[dict[str, Any]], objectives: Objectives) -> dict[int, dict[str, Any]]:
+    """Number → what a trial's end would say if it ended now."""
+    by_trial: dict[int, list[dict[str, Any]]] = {}
+    for row in rungs:
+        by_trial.setdefault(row["trial"], []).append(row)
+    found = {}
+    for trial, rows in by_trial.items():
+        best = None
+        for row in rows:
+            if not objectives.problem(row) and objectives.better(row, best):
+                best = row
+        sums = {name: sum(values) for name in SUMS if (values := numbers(rows, name))}
+        found[trial] = (best or rows[-1]) | sums
+    return found
 
 
 def _object(path: Path) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from raydeep.report import tables, words
+from raydeep.report import search, tables, words
 from raydeep.report.folder import Run, read_run
 from raydeep.report.plots import plot_data
 
@@ -58,10 +58,12 @@ def render(run: Run, folder: str) -> str:
         "size": words.size,
         "times": words.times,
         "bits": words.bits,
+        "duration": words.duration,
     }
     headline, detail = words.answer(run)
     data = plot_data(run)
-    drawn = bool(data["points"]["bytes"] or data["curves"] or data["confusion"] or data["layers"])
+    rungs = data["points"]["rungs"]
+    drawn = bool(data["points"]["bytes"] or data["curves"] or data["confusion"] or data["layers"] or data["volume"])
     return environment.get_template("page.html.j2").render(
         title=str(run.job.get("name") or folder),
         run_id=str(run.provenance.get("id") or folder),
@@ -69,10 +71,18 @@ def render(run: Run, folder: str) -> str:
         headline=headline,
         detail=detail,
         data=data,
+        words={measure["name"]: measure["words"] for measure in data["measures"]},
+        aim=search.aim(run),
+        hollow=any(n and n > 1 for n in rungs) and any(rungs[i] == 1 for i in data["front"]),
+        progress=search.progress(run),
+        volume=search.volume(run),
+        best=search.best(run),
         failed=len(run.failed),
         last_epoch=run.metrics[-1] if run.metrics else {},
         epochs=len(run.metrics),
         models=tables.models(run, data),
+        swept=tables.swept(run),
+        compressed=tables.compressed(run),
         verification=tables.verification(run),
         split=str((run.evaluation or {}).get("split") or "test"),
         per_class=tables.per_class(data["confusion"]) if data["confusion"] else [],

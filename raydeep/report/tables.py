@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from raydeep.report import words
-from raydeep.report.folder import Run, number
+from raydeep.report.folder import Run, number, numbers
+from raydeep.tuning import TRAINING
 
 MOST_FAILURES = 50  # shown in full; the rest are counted
 MOST_ERROR_CHARS = 4000
@@ -24,10 +25,12 @@ def models(run: Run, data: dict[str, Any]) -> list[dict[str, Any]]:
         run: The run.
         data: What the plots draw; `point` in a row is the index of its point, -1 for dense, None for none.
     """
-    labels, rows = data["points"]["label"], []
+    labels, rows, keys = data["points"]["label"], [], swept(run)
+    configs = {row["trial"]: row.get("config") for row in run.trials}
     for row in ([run.dense] if run.dense else []) + run.models:
         label, is_dense = str(row.get("label", "")), row is run.dense
         point = -1 if is_dense and data["dense"] else labels.index(label) if label in labels else None
+        config = run.job if is_dense else configs.get(number(row.get("trial")))
         rows.append(
             {name: number(row.get(name)) for name in MODEL_COLUMNS}
             | {
@@ -37,9 +40,38 @@ def models(run: Run, data: dict[str, Any]) -> list[dict[str, Any]]:
                 "broken": row.get("verified") is False,
                 "point": point if labels else None,
                 "pick": point is not None and point == data["pick"],
+                "config": [_setting(config, key, nested=is_dense) for key in keys],
             }
         )
     return rows
+
+
+def swept(run: Run) -> list[str]:
+    """Keys of train, augment and model that trials differ in: columns of the front's table."""
+    return [key for key in _space(run) if key.split(".")[0] in TRAINING]
+
+
+def compressed(run: Run) -> bool:
+    """Whether the front's table tells of bits and zeros: everywhere but in a sweep of nothing but training."""
+    keys = swept(run)
+    return not keys or keys != _space(run) or any(number(row.get("sparsity")) for row in run.models)
+
+
+def _space(run: Run) -> list[str]:
+    space = run.facts.get("space")
+    keys = list(space) if isinstance(space, dict) else []
+    tried = (row["config"] for row in run.trials if isinstance(row.get("config"), dict))
+    return list(dict.fromkeys([*keys, *(key for config in tried for key in config)]))
+
+
+def _setting(config: Any, key: str, nested: bool) -> str:
+    """What a configuration, or a job with its sections, says of a dotted key."""
+    value = config if isinstance(config, dict) else {}
+    for part in key.split(".") if nested else [key]:
+        if not isinstance(value, dict) or part not in value:
+            return words.ABSENT
+        value = value[part]
+    return words.setting(value)
 
 
 def verification(run: Run) -> str:
@@ -102,7 +134,7 @@ def _failure(row: dict[str, Any]) -> dict[str, Any]:
 
 def cost(run: Run) -> list[tuple[str, str]]:
     """Name and value of each figure that says what the run took."""
-    epochs, speeds = len(run.metrics), [v for row in run.metrics if (v := number(row.get("images_per_s")))]
+    epochs, speeds = len(run.metrics), numbers(run.metrics, "images_per_s")
     figures = []
     if epochs:
         figures += [
@@ -117,12 +149,13 @@ def cost(run: Run) -> list[tuple[str, str]]:
             ("Trials", f"{len(run.trials)}{failed}"),
             ("Time in trials", words.duration(_total(run.trials, "seconds"))),
             ("CPU time of trials", words.duration(_total(run.trials, "cpu_seconds"))),
+            ("Search, start to end", words.duration(max(numbers([*run.rungs, *run.trials], "at"), default=None))),
         ]
     return [(name, value) for name, value in figures if value != words.ABSENT]
 
 
 def _total(rows: list[dict[str, Any]], key: str) -> float | None:
-    values = [value for row in rows if (value := number(row.get(key))) is not None]
+    values = numbers(rows, key)
     return sum(values) if values else None
 
 

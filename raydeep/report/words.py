@@ -60,6 +60,8 @@ def setting(value: Any) -> str:
     """A value of a trial's configuration as a person writes it in a job file."""
     if value is None:
         return "none"
+    if isinstance(value, dict) and value:
+        return ", ".join(f"{key}: {setting(part)}" for key, part in value.items())
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
@@ -146,15 +148,25 @@ def answer(run: Run) -> tuple[str, str]:
     )
 
 
+def _trials(run: Run) -> int | None:
+    """Configurations that the search is to try, as far as the job tells."""
+    section = run.job.get("search")
+    section = section if isinstance(section, dict) else {}
+    most = ["trials", "population"] if section.get("scheduler") == "pbt" else ["trials"]
+    found = [value for name in most if (value := number(section.get(name))) is not None]
+    return int(min(found)) if found else None
+
+
 def _unfinished(run: Run) -> tuple[str, str]:
     known = [row for row in run.done if number(row.get("val_accuracy")) is not None]
     if run.trials:
-        section = run.job.get("search")
-        wanted = number(section.get("trials")) if isinstance(section, dict) else None
-        of = f" of {wanted:.0f}" if wanted else ""
+        wanted, ended = _trials(run), len(run.trials) - len(run.going)
+        of = f" of {wanted}" if wanted else ""
         head = f"Not finished: {len(run.trials)}{of} trials so far."
         if wanted and len(run.trials) >= wanted:
             head = f"Not finished: all {len(run.trials)} trials ran, their front is not exported yet."
+        if run.going:
+            head = f"Not finished: {len(run.trials)}{of} trials begun, {ended} of them ended."
         if not known:
             return head, "No trial has succeeded yet."
         best = max(known, key=lambda row: row["val_accuracy"])
