@@ -60,15 +60,15 @@ def read_json(path: Path) -> Any:
         raise RaydeepError(f"{path}: not valid JSON ({err}); restore it or make it anew") from None
 
 
-def append_line(path: Path, value: Any) -> None:
-    """Append one JSON line in one write, flushed to disk; a torn last line before it is closed off."""
-    line = (json.dumps(value) + "\n").encode()
+def append_line(path: Path, *values: Any) -> None:
+    """Append a JSON line for each value in one write, flushed to disk; a torn last line before them is closed off."""
+    text = "".join(json.dumps(value) + "\n" for value in values).encode()
     with path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
-                line = b"\n" + line
-        file.write(line)
+                text = b"\n" + text
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
 

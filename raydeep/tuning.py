@@ -209,7 +209,7 @@ class Search(Section):
         1, description="More than 1: a trial trains on so many workers (a TorchTrainer each rung: half a minute more)"
     )
     trial_memory_bytes: Annotated[MaybeCount, Field()] = Field(
-        None, description="A trial that takes more memory fails (of its own data; Linux); none: no limit"
+        None, description="A trial that needs more memory than this, beyond its data, fails (Linux); none: no limit"
     )
     max_failed: Annotated[int, Field(ge=0)] = Field(3, description="Stop the search after more failed trials")
     track: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(

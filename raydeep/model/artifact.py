@@ -193,9 +193,19 @@ def thaw(spec: dict[str, Any], tensors: Tensors) -> nn.Module:
 
 @torch.no_grad()
 def predict(model: nn.Module, inputs: Iterable[torch.Tensor]) -> np.ndarray:
-    """Predicted classes over batches of inputs NCHW: int64 of shape [rows]."""
+    """Predicted classes over batches of inputs NCHW: int64 of shape [rows].
+
+    Raises:
+        ModelError: an output is NaN or infinite: then there is no class.
+    """
     model.eval()
-    return np.concatenate([model(x).argmax(1).cpu().numpy() for x in inputs])
+    found = []
+    for x in inputs:
+        logits = model(x)
+        if not bool(torch.isfinite(logits).all()):
+            raise ModelError("the network's outputs are not all finite numbers: its accuracy can't be told")
+        found.append(logits.argmax(1).cpu().numpy())
+    return np.concatenate(found)
 
 
 def fold_into(tensors: Tensors, conv: str, bn: nn.Module) -> None:

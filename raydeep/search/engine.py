@@ -94,18 +94,20 @@ class Engine:
         most = min(cfg.trials, cfg.population) if cfg.scheduler == "pbt" else cfg.trials
         self.total = min(most, self.sampler.size or most)
         self.trials: dict[int, Trial] = {}
+        self.number = 0  # of the next trial, or less
         self.offer: Config | None = None  # drawn, not yet begun
         self.stopped: str | None = None  # why nothing more begins
         self.volume, self.best_volume, self.since_rise = 0.0, 0.0, 0
+        self.front: dict[int, Mapping[str, Any]] = {}  # trial → its best row, where no other beats it
+        self.running = 0  # pieces of work that are begun and not back
         for row in ledger.lines:
             self._note(row)
-        self._look_at_targets()
+            self._look_at_targets()
+        self.front = {t.number: t.best for t in self.trials.values() if t.best is not None}
         self.clock, self.began = clock, clock() - (ledger.lines[-1]["at"] if ledger.lines else 0.0)
-
-    @property
-    def running(self) -> int:
-        """Pieces of work that are begun and not back."""
-        return sum(trial.running for trial in self.trials.values())
+        for trial in list(self.trials.values()):
+            if not trial.ended and len(trial.rows) == len(self.ladder):  # cut off between its last rung and its end
+                self._write(self._ended(trial, "done", THROUGH))
 
     @property
     def finished(self) -> bool:
@@ -127,8 +129,9 @@ class Engine:
         if self.offer is None:
             self.total = len(self.trials)
             return None
-        number = next(n for n in range(self.total) if n not in self.trials)
-        return self._work(Trial(number, self.offer, trial_seed(self.job.seed, number)), 0)
+        while self.number in self.trials:
+            self.number += 1
+        return self._work(Trial(self.number, self.offer, trial_seed(self.job.seed, self.number)), 0)
 
     def begin(self, work: Work) -> None:
         """A piece of work from `peek` is under way."""
@@ -138,16 +141,18 @@ class Engine:
             self.offer = None
         trial = self.trials[work.trial]
         trial.running, trial.config = True, work.values
+        self.running += 1
         self.rungs.go(work.trial, work.rung)
 
     def take(self, work: Work, result: Mapping[str, Any], retries: int = 0) -> bool:
         """Write the result of a piece of work down; whether the trial has ended."""
         trial = self.trials[work.trial]
         trial.running, trial.retries = False, retries
+        self.running -= 1
         failed = result.get("status") == "failed"
         error = result.get("error") or "it does not say why" if failed else self.objectives.problem(result)
         if error is not None:
-            self._end(trial, "failed", f"failed at rung {work.rung}", str(error), result)
+            self._write(self._ended(trial, "failed", f"failed at rung {work.rung}", str(error), result))
             return True
         row: dict[str, Any] = {
             "rung": work.rung, "epochs": work.epochs, "config": work.values, "seed": trial.seed,
@@ -160,17 +165,18 @@ class Engine:
         if retries:
             row["retries"] = retries
         row["hypervolume"] = self._volume_with(trial, row)
-        self._write({"trial": trial.number, "event": "rung", "status": "paused", **row})
-        if work.rung + 1 == len(self.ladder):
-            self._end(trial, "done", THROUGH)
-            return True
-        return False
+        line = {"trial": trial.number, "event": "rung", "status": "paused", **row}
+        self._note(line)
+        last = work.rung + 1 == len(self.ladder)
+        self._write(line, *([self._ended(trial, "done", THROUGH)] if last else []))
+        return last
 
     def lose(self, work: Work, error: str) -> None:
         """A piece of work will not come back."""
         trial = self.trials[work.trial]
         trial.running = False
-        self._end(trial, "failed", f"failed at rung {work.rung}", error)
+        self.running -= 1
+        self._write(self._ended(trial, "failed", f"failed at rung {work.rung}", error))
 
     def finish(self) -> None:
         """The search is over: whoever still waits ends with the result that it has."""
@@ -178,7 +184,7 @@ class Engine:
             if not trial.ended and trial.rows:
                 rung = trial.rows[-1]["rung"]
                 why = self.stopped or f"not promoted from rung {rung}, {self.ladder[rung]} epochs"
-                self._end(trial, "done", THROUGH if rung + 1 == len(self.ladder) else why)
+                self._write(self._ended(trial, "done", why))
 
     # what comes next
 
@@ -246,10 +252,10 @@ class Engine:
 
     # what is written down
 
-    def _end(
+    def _ended(
         self, trial: Trial, status: str, why: str, error: str | None = None, lost: Mapping[str, Any] | None = None
-    ) -> None:
-        """Write a trial's end, with the measures of its best rung; `lost`: what a rung without a result took."""
+    ) -> dict[str, Any]:
+        """A trial's end, with the measures of its best rung; `lost`: what a rung without a result took."""
         row: dict[str, Any] = {"trial": trial.number, "event": "end", "status": status, "stopped": why, "error": error}
         row |= {"config": trial.config, "seed": trial.seed, "rungs": len(trial.rows)}
         row |= {k: v for k, v in (trial.best or {}).items() if k not in (*row, "at", "hypervolume", *SUMS)}
@@ -257,15 +263,19 @@ class Engine:
             row["config"] = trial.best["config"]
         took = [*trial.rows, *([lost] if lost else [])]
         row |= {name: sum(r[name] for r in took if name in r) for name in SUMS if any(name in r for r in took)}
-        self._write({**row, "hypervolume": self.volume})
+        return {**row, "hypervolume": self.volume}
 
-    def _write(self, row: dict[str, Any]) -> None:
-        row["at"] = round(self.clock() - self.began, 3)
-        self.ledger.add(row)
-        self._note(row)
+    def _write(self, *rows: dict[str, Any]) -> None:
+        """Append lines that belong together, in one go."""
+        for row in rows:
+            row["at"] = round(self.clock() - self.began, 3)
+            if row["event"] == "end":
+                self._note(row)
+        self.ledger.add(*rows)
         self._look_at_targets()
-        if self.on_row is not None:
-            self.on_row(row)
+        for row in rows:
+            if self.on_row is not None:
+                self.on_row(row)
 
     def _note(self, row: dict[str, Any]) -> None:
         """Take a line of the ledger in, new or read."""
@@ -292,10 +302,14 @@ class Engine:
             self.best_volume, self.since_rise = self.volume, 0
 
     def _volume_with(self, trial: Trial, row: Mapping[str, Any]) -> float:
-        """Hypervolume of every trial's last result, this one's with it."""
-        others = [t.best for t in self.trials.values() if t.best is not None and t.number != trial.number]
+        """Hypervolume of every trial's best result, with this one; keeps the front, so that most trials cost little."""
         mine = row if self.objectives.better(row, trial.best) else trial.best
-        return float(f"{self.objectives.hypervolume([*others, mine or row], self.dense):.6g}")
+        if trial.number in self.front and mine is not trial.best:  # what it stood before may show again
+            self.front = {t.number: t.best for t in self.trials.values() if t.best is not None}
+        rows = {**self.front, trial.number: mine or row}
+        found = list(rows)
+        self.front = {found[i]: rows[found[i]] for i in self.objectives.front(list(rows.values()))}
+        return float(f"{self.objectives.hypervolume(self.front.values(), self.dense):.6g}")
 
     def _look_at_targets(self) -> None:
         cfg, failed = self.cfg, self.ledger.failed()

@@ -45,16 +45,18 @@ class Ledger:
         self.rows: dict[int, dict[str, Any]] = {row["trial"]: row for row in self.lines if row["event"] == "end"}
         self.rungs = {(row["trial"], row["rung"]) for row in self.lines if row["event"] == "rung"}
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Append a line; once written it is never changed, and a trial has one for each rung and one end."""
-        assert row["trial"] not in self.rows, f"trial {row['trial']} is in the ledger already"
-        if row["event"] == "rung":
-            assert (row["trial"], row["rung"]) not in self.rungs, f"trial {row['trial']} has rung {row['rung']} already"
-            self.rungs.add((row["trial"], row["rung"]))
-        append_line(self.path, row)
-        self.lines.append(row)
-        if row["event"] == "end":
-            self.rows[row["trial"]] = row
+    def add(self, *rows: dict[str, Any]) -> None:
+        """Append lines; once written they never change, and a trial has one for each rung and one end."""
+        for row in rows:
+            assert row["trial"] not in self.rows, f"trial {row['trial']} is in the ledger already"
+            if row["event"] == "rung":
+                rung = (row["trial"], row["rung"])
+                assert rung not in self.rungs, f"trial {row['trial']} has rung {row['rung']} already"
+                self.rungs.add(rung)
+            else:
+                self.rows[row["trial"]] = row
+            self.lines.append(row)
+        append_line(self.path, *rows)
 
     def done(self) -> list[dict[str, Any]]:
         """The ends of finished trials, by number."""

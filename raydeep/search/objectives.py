@@ -14,6 +14,7 @@ FIELDS = {
     "macs": "macs",
 }  # fmt: skip
 SHARES = ("accuracy", "worst_class")  # fractions of 1; the others are positive and count by their ratio
+SLOWER = 2.0  # and those that take more than so many times its time
 LOST = 0.10  # models that lose more accuracy than this against the dense one add nothing to the hypervolume
 
 
@@ -65,12 +66,14 @@ class Objectives(NamedTuple):
         return (self.violation(new), self.point(new)[0]) <= (self.violation(old), self.point(old)[0])
 
     def reference(self, dense: Mapping[str, Any]) -> tuple[float, ...]:
-        """The corner that hypervolume is measured from: LOST accuracy below the dense model, its size and time."""
+        """The corner that hypervolume is measured from: LOST below dense accuracy, the dense size, twice its time."""
         out = []
         for name, mode in self.modes.items():
             value = dense[FIELDS[name]]
             if name in SHARES:
                 value += -LOST if mode == "max" else LOST
+            elif name == "latency":
+                value *= SLOWER if mode == "min" else 1 / SLOWER
             out.append(_coordinate(name, mode, value))
         return tuple(out)
 

@@ -48,11 +48,13 @@ def load_predictions(folder: Path) -> dict[str, np.ndarray]:
 
 
 def limit_memory(limit: int | None) -> None:
-    """Let this process have so many bytes of its own data: more is a MemoryError, not the end of the machine."""
-    if limit is not None:
+    """Let this process take so many bytes more than it has: then allocations fail, and not the machine (Linux)."""
+    status = Path("/proc/self/status")
+    if limit is not None and status.exists():
         import resource
 
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+        has = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmData:"))
+        resource.setrlimit(resource.RLIMIT_DATA, (has * 1024 + limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 class Bench:

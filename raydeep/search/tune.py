@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LOOK_S = 5.0  # between looks at how large a cluster is
 DRIVER_CPUS = 0.1  # of a trial that is itself the driver of workers
 START_S = 30.0  # most that a process may take to start while others wait for it
-GRACE_S = 1.0  # a trial that has waited longer gets a new process, not that of another
+GRACE_S = (0.25, 1.0)  # a trial that waits longer gets a new process: for new processes to know, and for others
 LIVES = 3  # processes that a trial may lose, less one
 
 
@@ -51,7 +51,7 @@ class ParetoHalving(TrialScheduler):
         self.works: dict[str, Work] = {}  # Tune's name of a trial → its last piece of work
         self.waiting: dict[int, Trial] = {}  # number → Tune's trial
         self.pending: dict[Trial, float] = {}  # Tune's trials without a process → since when
-        self.file, self.told = file, (0, 0)
+        self.file, self.told = file, [0, 0]
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Tune's metric and mode are of one objective: the engine has its own."""
@@ -66,7 +66,7 @@ class ParetoHalving(TrialScheduler):
         now = time.monotonic()
         self.pending = {t: at for t, at in self.pending.items() if t.status == Trial.PENDING}
         ages = [now - at for at in self.pending.values() if now - at < START_S]
-        told = (len(ages), sum(age > GRACE_S for age in ages))
+        told = [sum(age > grace for age in ages) for grace in GRACE_S]
         if told != self.told:
             write_json(self.file, told)
             self.told = told
@@ -199,9 +199,9 @@ def _bench(shared: Mapping[str, Any], job: Job, threads: int) -> Bench:
     import torch
 
     torch.set_num_threads(threads)
-    limit_memory(job.search.trial_memory_bytes)
     device = "cuda" if job.scaling.use_gpu else "cpu"
     data = shared["data"].get()
+    limit_memory(job.search.trial_memory_bytes)
     return Bench(job, Path(shared["run"]), data, shared["common"].receive(data), shared["dense"], device)
 
 
@@ -300,6 +300,7 @@ def run_trials(
     concurrent: int,
     on_row: Callable[[dict[str, Any]], None] | None = None,
     loggers: list[Any] | None = None,
+    actor: type[TrialActor] = TrialActor,
 ) -> Engine:
     """Run the search to its end, from where the ledger is.
 
@@ -313,6 +314,7 @@ def run_trials(
         concurrent: trials at once on a Ray of this machine.
         on_row: called with each new line of the ledger.
         loggers: callbacks of Ray Tune.
+        actor: what works on trials.
 
     Returns:
         The engine, finished, unless the search was interrupted.
@@ -327,7 +329,7 @@ def run_trials(
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, room()))  # all may start at once; `room` bounds them
     scheduler = ParetoHalving(engine, room, starting)
     trainable = tune.with_parameters(
-        TrialActor, job=job.model_dump(mode="json"), run=str(run), data=data, common=common, dense=dense,
+        actor, job=job.model_dump(mode="json"), run=str(run), data=data, common=common, dense=dense,
         starting=str(starting), threads=max(1, usable_cores() // concurrent) if alone else 1,
     )  # fmt: skip
     gpu = {"gpu": cfg.gpus_per_trial} if job.scaling.use_gpu and alone else {}
