@@ -196,13 +196,14 @@ def overhead(args: Any) -> list[dict[str, Any]]:
         mine.append(noop(trials) / (trials - 1))
         floors.append(peers.noop_floor(trials, AT_ONCE, turn).trial_s)
         print(f"  {mine[-1] * 1e3:.1f} ms a trial, floor {floors[-1] * 1e3:.1f} ms", flush=True)
+    pairs = list(zip(mine, floors, strict=True))
     return [
         harness.result(
             "seconds a trial that does nothing, two actors", statistics.median(mine), "s", "<= 0.3", n=rounds,
             lowest=min(mine), highest=max(mine),
         ),
         harness.result(
-            f"{trials} of them, over plain Ray Tune's", statistics.median(m / f for m, f in zip(mine, floors, strict=True)),
+            f"{trials} of them, over plain Ray Tune's", statistics.median(m / f for m, f in pairs),
             "ratio", "<= 1.15", n=rounds,
         ),
     ]  # fmt: skip

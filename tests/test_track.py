@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from raydeep.errors import RaydeepError
-from raydeep.search import track
+from raydeep.search import track, track_mlflow, track_tensorboard
 
 PARAMS = {"seed": 0, "search": {"trials": 3, "objectives": ["accuracy", "bytes"], "minutes": None}}
 
@@ -60,7 +60,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        track._store(folder, "another job")
+        track_mlflow._store(folder, "another job")
     return (folder / "mlflow.db").read_bytes()
 
 
@@ -202,9 +202,9 @@ def test_tensorboard_goes_on_after_a_file_that_was_cut_off(run):
         tracker.row(line)
     (file,) = (run / "tensorboard").glob("events*")
     file.write_bytes(file.read_bytes()[:-5])
-    assert track._events(run / "tensorboard") == 2
+    assert track_tensorboard._events(run / "tensorboard") == 2
     log(start("tensorboard", run, LINES[:3]), LINES[3:])
-    assert track._events(run / "tensorboard") == 4
+    assert track_tensorboard._events(run / "tensorboard") == 4
 
 
 # MLflow
@@ -391,7 +391,7 @@ def test_a_store_that_can_not_be_opened_stops_nothing(name, run):
 def test_a_full_disk_turns_tensorboard_off(run):
     tracker = start("tensorboard", run, [])
     assert isinstance(tracker, track.Careful)
-    assert isinstance(tracker.tracker, track.TensorBoard)
+    assert isinstance(tracker.tracker, track_tensorboard.TensorBoard)
     records = tracker.tracker.writer._py_recordio_writer
     records._writer = Path("/dev/full").open("wb")  # noqa: SIM115
     with pytest.warns(RuntimeWarning, match="tensorboard is off.*No space left"):

@@ -61,7 +61,12 @@ def tracking(job: Job, run: Run) -> Iterator[list[Tracker]]:
     from raydeep.search import track
 
     old = [row for row in read_lines(run.path / "ledger.jsonl") if "trial" in row]
-    found = track.trackers(job.search.track, run.path, job.name, job.model_dump(mode="json")["search"], old)
+    from raydeep.search.objectives import Objectives
+
+    names = [name for name in job.search.track if name != "wandb"]  # that is Ray's callback: tune.callbacks
+    found = track.trackers(
+        names, run.path, job.name, job.model_dump(mode="json")["search"], old, Objectives.of(job.search).front
+    )
     status = "failed"
     try:
         yield found
