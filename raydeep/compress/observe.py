@@ -42,7 +42,7 @@ def output_means(model: nn.Module, batches: Images, last: str | None = None) -> 
     Args:
         model: with or without quantizers.
         batches: network inputs, float NCHW.
-        last: name of the only layer that is asked for.
+        last: name of the only layer that is asked for: passes end there.
     """
     sums: dict[str, Any] = {}
     counts: dict[str, int] = {}
@@ -54,6 +54,8 @@ def output_means(model: nn.Module, batches: Images, last: str | None = None) -> 
             others = [d for d in range(out.dim()) if d != channel]
             sums[name] = sums.get(name, 0) + out.sum(others, dtype=torch.float64)
             counts[name] = counts.get(name, 0) + out.numel() // out.shape[channel]
+            if name == last:
+                raise Enough
 
         if last in (None, name):
             handles.append(module.register_forward_hook(hook))

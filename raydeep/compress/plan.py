@@ -164,6 +164,7 @@ class _Steps:
         self.seed, self.device, self.on_epoch = seed, device, on_epoch
         self.spec = dense.spec
         self.model = artifact.thaw(dense.spec, dense.tensors).requires_grad_(True).train().to(device)
+        self.model.to(memory_format=torch.channels_last)
         self.before: nn.Module = self.model  # without quantizers
         self.labelled = common.labelled(job.quantize.calibration_rows)
         self.inputs = common.inputs(job.augment, job.quantize.calibration_rows)

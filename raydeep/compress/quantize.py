@@ -60,7 +60,7 @@ def prepare(
         return
     found = dict(layers.compressible(model))
     chosen = widths(list(found), cfg, bits)
-    seen = _inputs(model, found, calibration) if cfg.activation_bits is not None else {}
+    seen = _inputs(model, found, enough(calibration, cfg.calibration_rows)) if cfg.activation_bits is not None else {}
     for name, module in found.items():
         weight_bits, activation_bits = chosen[name]
         assert weight_bits is not None
@@ -79,6 +79,16 @@ def _grid(values: torch.Tensor, bits: int, cfg: Quantize) -> tuple[int, float]:
         return layers.best_affine(values, bits, cfg.power_of_two)
     low, high = layers.activation_range(bits, signed)
     return low, layers.best_step(values[None], low, high, cfg.power_of_two).item()
+
+
+def enough(calibration: Images, rows: int) -> Images:
+    """The first batches, of so many rows together or more: means and steps need fewer than BatchNorm."""
+    out: Images = []
+    for images in calibration:
+        out.append(images)
+        if sum(map(len, out)) >= rows:
+            break
+    return out
 
 
 def _inputs(model: nn.Module, found: dict[str, nn.Module], calibration: Images) -> dict[str, torch.Tensor]:
@@ -132,7 +142,8 @@ def post_training(model: nn.Module, cfg: Quantize, calibration: Images, float_mo
         adaround.round_adaptively(model, float_model, calibration)
     reestimate_batchnorm(model, calibration)
     if cfg.bias_correction:
-        correct_bias(model, output_means(float_model, calibration), calibration)
+        few = enough(calibration, cfg.calibration_rows)
+        correct_bias(model, output_means(float_model, few), few)
 
 
 @torch.no_grad()
@@ -153,5 +164,6 @@ def correct_bias(model: nn.Module, expected: Mapping[str, torch.Tensor], calibra
         bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
         if bias is None or name in normed or layers.part(module, layers.WeightQuant) is None:
             continue
-        error = expected[name] - output_means(model, calibration)[name]
+        only = name if order[name] == 1 else None
+        error = expected[name] - output_means(model, calibration, only)[name]
         bias += error.to(bias.dtype)
