@@ -407,6 +407,14 @@ def test_a_search_with_more_trials_than_before_goes_on(open_engine):
     check(engine, 9)
 
 
+def test_a_search_that_goes_on_does_not_draw_again_what_it_has(open_engine):
+    endless = {LR: {"low": 0.001, "high": 1.0}}
+    drive(open_engine(searching(30, scheduler="none", space=endless)))
+    engine = open_engine(searching(40, scheduler="none", space=endless))
+    assert engine.peek() is not None
+    assert len(engine.sampler.study.trials) == 30 + 1  # results, and one draw
+
+
 def test_work_that_was_not_offered_is_a_mistake(open_engine):
     engine = open_engine(searching(8))
     work = engine.peek()

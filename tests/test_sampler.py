@@ -266,6 +266,8 @@ def test_true_is_not_1(name):
     assert Counter((type(config[D]), config[D]) for config in proposals) == {
         (int, 0): 2, (bool, True): 2, (int, 1): 2, (bool, False): 2,
     }  # fmt: skip
+    endless = drawn(sampler({D: [0, True, 1, False], LR: {"low": 0.1, "high": 0.2}}, name, population=30), 30)
+    assert {(type(config[D]), config[D]) for config in endless} == {(int, 0), (bool, True), (int, 1), (bool, False)}
 
 
 @pytest.mark.parametrize("name", ["tpe", "nsga2"])

@@ -165,7 +165,14 @@ def test_a_key_of_whole_numbers_refuses_a_range_of_others(dimension):
     message = refused_in_space(dimension, B)
     assert message.startswith(f"{B}: found ")
     assert "expected a valid integer" in message
-    assert searching({"space": {B: {"low": 16, "high": 64}}}).search.space[B].whole  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "dimension",
+    [{"low": 16, "high": 64}, {"low": 16, "high": 64, "log": True}, {"low": 16.0, "high": 64.0, "points": 4}],
+)
+def test_a_key_of_whole_numbers_takes_a_range_of_them(dimension):
+    assert searching({"space": {B: dimension}}).search.space[B] == Range(**dimension)
 
 
 @pytest.mark.parametrize(
