@@ -258,7 +258,10 @@ def test_a_folder_is_no_job_file(tmp_path):
         ("{distill.enabled: [true, 4]}", "search.space.distill.enabled: distill.enabled: found 4"),
         ("{prune.sparsty: [0.5]}", "search.space.prune.sparsty: prune.sparsty is not a key of a job"),
         ("{prune.sparsity: []}", "search.space.prune.sparsity: found [], it has no choices"),
-        ("{export.max_models: [3]}", "search.space.export.max_models can't be searched; the sections that can: prune, "),
+        (
+            "{export.max_models: [3]}",
+            "search.space.export.max_models can't be searched; the sections that can: prune, ",
+        ),
         ("{prune: [0.5]}", "search.space.prune is a section, expected a key of it, such as prune.kind"),
         ("{prune.sparsity: 0.5}", "search.space.prune.sparsity: found 0.5, expected a list of choices, "),
         ("{quantize.activation_bits: [none, 4]}", "search.space.quantize.activation_bits"),  # weights stay float

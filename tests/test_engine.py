@@ -603,19 +603,12 @@ def test_an_end_has_the_measures_of_the_best_rung_and_the_sum_of_times(open_engi
         )  # fmt: skip
 
     engine = open_engine(searching(27))
-    works = drive(engine, result)
+    drive(engine, result)
     row = ends(engine)[0]
     assert (row["rungs"], row["rung"], row["epochs"], row["stopped"]) == (4, 1, 1, THROUGH)
     assert (row["val_accuracy"], row["bytes"], row["artifact_sha256"]) == (0.8, 110, "0 1")
     assert (row["seconds"], row["overhead_seconds"]) == (8.0, 2.0)
     assert "cpu_seconds" not in row
-    kept = {w.rung: w.kept for w in works if w.trial == 0}
-    assert kept == {
-        0: None,
-        1: {"val_accuracy": 0.5, "bytes": 100},
-        2: {"val_accuracy": 0.8, "bytes": 110},
-        3: {"val_accuracy": 0.8, "bytes": 110},
-    }
 
 
 def test_nearer_to_the_constraints_is_better_than_more_accurate(open_engine):
@@ -693,8 +686,6 @@ def test_a_population_goes_on_together_and_the_worst_quarter_copies_the_best(ope
     rows = {(row["trial"], row["rung"]): row for row in lines(engine) if row["event"] == "rung"}
     copied = 0
     for work in works:
-        row = rows[work.trial, work.rung]
-        assert row.get("donor") == work.donor
         if work.rung == 0:
             assert work.donor is None
             continue

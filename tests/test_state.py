@@ -27,7 +27,7 @@ from raydeep.model import artifact, layers
 from raydeep.search import trial
 from raydeep.search.engine import Engine, Work
 from raydeep.search.ledger import Ledger
-from raydeep.search.trial import Bench, load_predictions, save_predictions, trial_folder
+from raydeep.search.trial import Bench, load_predictions, save_predictions, settle, trial_folder
 from raydeep.train import checkpoint, losses
 from raydeep.train.loop import fit
 
@@ -232,48 +232,44 @@ def works(values: Row, ladder: tuple[int, ...] = (0, 1, 3), number: int = 0) -> 
     return [Work(number, values, 11 + number, k, epochs, ladder[k - 1] if k else 0) for k, epochs in enumerate(ladder)]
 
 
-def through(bench: Bench, pieces: list[Work], kept: Row | None = None) -> list[Row]:
+def through(bench: Bench, pieces: list[Work]) -> list[Row]:
     rows: list[Row] = []
     for work in pieces:
         last = rows[-1] if rows else None
-        row = bench.do(work._replace(
-            kept=kept, score=last and last["val_accuracy"], start=last["start"] if last else "dense"
-        ))  # fmt: skip
+        row = bench.do(work._replace(score=last and last["val_accuracy"], start=last["start"] if last else "dense"))
         assert row["error"] is None, row["error"]
         rows.append(row)
-        if kept is None or row["val_accuracy"] >= kept["val_accuracy"]:
-            kept = row
     return rows
+
+
+def packed_at(run: Path, trial: int, rung: int) -> bytes:
+    return (trial_folder(run, trial) / f"model-{rung}.rdz").read_bytes()
 
 
 def test_a_pruned_four_bit_network_is_trained_in_rungs(compressing, dense, digits, tmp_path):
     bench = bench_of(compressing, tmp_path, dense, digits)
-    kept: Row | None = None
-    rows = []
+    rows: list[Row] = []
     for work in works(FOUR_BITS):
-        work = work._replace(kept=kept, score=rows[-1]["val_accuracy"] if rows else None)
-        row = bench.do(work)
+        row = bench.do(work._replace(score=rows[-1]["val_accuracy"] if rows else None))
         rows.append(row)
         assert (row["status"], row["error"], row["start"]) == ("done", None, "dense")
         folder = trial_folder(tmp_path, 0)
-        if kept is None or row["val_accuracy"] >= kept["val_accuracy"]:
-            kept = row
-        packed = (folder / "model.rdz").read_bytes()
-        assert hashlib.sha256(packed).hexdigest() == kept["artifact_sha256"]
+        packed = packed_at(tmp_path, 0, work.rung)
+        assert hashlib.sha256(packed).hexdigest() == row["artifact_sha256"]
         predicted = plan.score(packed, digits, digits.val, 512)
-        assert float((predicted == digits.val.labels).mean()) == kept["val_accuracy"]
-        assert np.array_equal(load_predictions(folder)["val"], predicted)
-        assert len(packed) == kept["bytes"]
-        assert kept["compression_ratio"] == 10_000 / kept["bytes"]
+        assert float((predicted == digits.val.labels).mean()) == row["val_accuracy"]
+        name = f"predictions-{work.rung}"
+        assert np.array_equal(load_predictions(folder, name)["val"], predicted)
+        assert len(packed) == row["bytes"]
+        assert row["compression_ratio"] == 10_000 / row["bytes"]
         assert json.loads((folder / "config.json").read_text()) == {"seed": 11, "config": FOUR_BITS}
     assert [row["sparsity"] for row in rows] == pytest.approx([0.5] * 3, abs=0.01)
     assert rows[2]["val_accuracy"] > rows[0]["val_accuracy"] + 0.02
     assert len({row["artifact_sha256"] for row in rows}) == 3
     assert all(row["seconds"] > 0 < row["cpu_seconds"] for row in rows)
     files = {file.name for file in folder.iterdir()}
-    assert files == {
-        "config.json", "model.rdz", "predictions.safetensors", "state-1.safetensors", "state-2.safetensors",
-    }  # fmt: skip
+    of_rungs = {name.format(k) for k in range(3) for name in ("model-{}.rdz", "predictions-{}.safetensors")}
+    assert files == {"config.json", "state-1.safetensors", "state-2.safetensors", *of_rungs}
 
 
 def test_rungs_are_the_work_of_one_training_cut_in_parts(compressing, dense, digits, tmp_path):
@@ -287,15 +283,15 @@ def test_rungs_are_the_work_of_one_training_cut_in_parts(compressing, dense, dig
     assert all(torch.equal(made.state.tensors[name], last.tensors[name]) for name in last.tensors)
 
 
-def test_a_worse_rung_does_not_take_the_place_of_a_better_one(compressing, dense, digits, tmp_path):
+def test_a_settled_trial_has_the_files_of_its_best_rung(compressing, dense, digits, tmp_path):
     bench = bench_of(compressing, tmp_path, dense, digits)
-    (row,) = through(bench, works({W: 4})[:1])
-    before = (trial_folder(tmp_path, 0) / "model.rdz").read_bytes()
-    worse = works({W: 4})[1]._replace(kept={**row, "val_accuracy": 1.1}, score=row["val_accuracy"])
-    found = bench.do(worse)
-    assert found["status"] == "done"
-    assert (trial_folder(tmp_path, 0) / "model.rdz").read_bytes() == before
-    assert found["artifact_sha256"] != hashlib.sha256(before).hexdigest()
+    rows = through(bench, works(FOUR_BITS))
+    for _ in range(2):  # the second time nothing is left to do
+        settle(tmp_path, 0, 1)
+        folder = trial_folder(tmp_path, 0)
+        assert hashlib.sha256((folder / "model.rdz").read_bytes()).hexdigest() == rows[1]["artifact_sha256"]
+        assert float((load_predictions(folder)["val"] == digits.val.labels).mean()) == rows[1]["val_accuracy"]
+        assert not [*folder.glob("model-*"), *folder.glob("predictions-*")]
 
 
 @pytest.mark.parametrize("values", [{S: 0.9999}, {S: 7}, {"prune.kind": "2:4", S: "x"}])
@@ -347,8 +343,7 @@ def test_after_a_kill_a_rung_done_again_is_the_same(compressing, dense, digits, 
     pieces = works(FOUR_BITS)
     before = bench_of(compressing, tmp_path / "before", dense, digits)
     whole = through(before, pieces[:rung])
-    kept = whole[-1] if whole else None
-    work = pieces[rung]._replace(kept=kept, score=kept and kept["val_accuracy"])
+    work = pieces[rung]._replace(score=whole[-1]["val_accuracy"] if whole else None)
     if rung:
         shutil.copytree(before.run, tmp_path / "whole")
     whole.append(bench_of(compressing, tmp_path / "whole", dense, digits).do(work))
@@ -364,9 +359,7 @@ def test_after_a_kill_a_rung_done_again_is_the_same(compressing, dense, digits, 
         again = bench_of(compressing, run, dense, digits).do(work)
         assert again["artifact_sha256"] == whole[rung]["artifact_sha256"]
         assert again["val_accuracy"] == whole[rung]["val_accuracy"]
-        packed = (trial_folder(run, 0) / "model.rdz").read_bytes()
-        best = max(whole[: rung + 1], key=lambda row: row["val_accuracy"])
-        assert hashlib.sha256(packed).hexdigest() == best["artifact_sha256"]
+        assert hashlib.sha256(packed_at(run, 0, rung)).hexdigest() == whole[rung]["artifact_sha256"]
     assert kills == (2 if rung == 0 else 3)  # predictions, model and, of what is trained, the state
 
 
@@ -413,7 +406,7 @@ def test_bench_and_engine_go_through_a_whole_search(compressing, dense, digits, 
     assert max(row["rungs"] for row in rows) == 3
     assert seen == {False, True}
     for row in rows:
-        packed = (trial_folder(tmp_path, row["trial"]) / "model.rdz").read_bytes()
+        packed = packed_at(tmp_path, row["trial"], row["rung"])
         assert hashlib.sha256(packed).hexdigest() == row["artifact_sha256"]
 
 
@@ -513,7 +506,7 @@ def test_a_trial_that_trains_goes_on_bit_for_bit(job, digits, tmp_path, values):
     whole = fitted(job, digits, values, 11, 3)
     assert same(weights_of(tmp_path), whole)
     assert not same(weights_of(tmp_path), fitted(job, digits, values, 11, 2))
-    packed = (trial_folder(tmp_path, 0) / "model.rdz").read_bytes()
+    packed = packed_at(tmp_path, 0, 2)
     assert hashlib.sha256(packed).hexdigest() == rows[-1]["artifact_sha256"]
     model = artifact.build(pack.unpack(packed)[0] | {"folded": []})
     model.load_state_dict(whole)
@@ -526,7 +519,7 @@ def test_a_trial_that_trains_and_then_prunes(job, digits, tmp_path):
     row = bench_of(job, tmp_path, None, digits).do(works({LR: 0.05, S: 0.8, W: 4}, (1, 2, 3))[0])  # type: ignore[arg-type]
     assert row["error"] is None
     assert row["sparsity"] == pytest.approx(0.8, abs=0.02)
-    spec, _ = pack.unpack((trial_folder(tmp_path, 0) / "model.rdz").read_bytes())
+    spec, _ = pack.unpack(packed_at(tmp_path, 0, 0))
     assert {entry["weight_bits"] for entry in spec["layers"].values()} == {4, 8}
     assert same(weights_of(tmp_path), fitted(job, digits, {LR: 0.05}, 11, 1))  # it trains on from before pruning
 

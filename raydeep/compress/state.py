@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any, NamedTuple
 
@@ -68,7 +69,7 @@ def rebuild(state: State) -> nn.Module:
 
 def to_bytes(state: State) -> bytes:
     """The state as a safetensors file."""
-    about = {"version": VERSION, "spec": state.spec, "layers": state.layers}
+    about = {"version": VERSION, "spec": state.spec, "layers": state.layers, "sha256": _digest(state.tensors)}
     return save(state.tensors, {"raydeep": json.dumps(about)})
 
 
@@ -84,6 +85,16 @@ def read(path: Any) -> State:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if about["version"] != VERSION:
             raise ModelError(f"{path}: a state of version {about['version']}, expected {VERSION}")
+        if about["sha256"] != _digest(tensors):
+            raise ValueError("its sha256 differs")
         return State(about["spec"], about["layers"], tensors)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as err:
         raise ModelError(f"{path}: not the state of a trial, or damaged ({err})") from None
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -103,7 +103,7 @@ def _candidate(run: Run, label: str, data: Dataset) -> Candidate:
     if "test" not in found:
         packed = (folder / "model.rdz").read_bytes()
         found["test"] = plan.score(packed, data, data.test, run.job.train.eval_batch_size)
-        save_predictions(folder, **found)
+        save_predictions(folder, val=found["val"], test=found["test"])
     return Candidate(run.model(label), found["val"], found["test"])
 
 

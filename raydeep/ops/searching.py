@@ -96,6 +96,7 @@ def search(
     from raydeep.search import tune
     from raydeep.search.ledger import Ledger
     from raydeep.search.objectives import Objectives
+    from raydeep.search.trial import settle
 
     file = run.model("dense") / "model.safetensors"
     dump = job.model_dump(mode="json")["search"]
@@ -130,6 +131,8 @@ def search(
             )
         if not engine.finished:
             raise KeyboardInterrupt  # Ray Tune ends quietly on Ctrl-C, its front would be that of a part
+    for row in done:
+        settle(run.path, row["trial"], row["rung"])
     return done
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from raydeep.config import Job
 from raydeep.search import population, space
 from raydeep.search.ledger import Ledger
-from raydeep.search.objectives import FIELDS, Objectives
+from raydeep.search.objectives import Objectives
 from raydeep.search.rungs import Rungs
 from raydeep.search.sampler import Result, Sampler
 from raydeep.search.space import Config
@@ -45,7 +45,6 @@ class Work(NamedTuple):
     score: float | None = None  # its accuracy without training from there, if that is known
     neighbour: str | None = None  # a trained trial whose weights may be better to begin from
     donor: str | None = None  # population-based training: whose checkpoint it goes on from
-    kept: dict[str, Any] | None = None  # the trial's best row so far: its model stays unless this one is better
 
 
 @dataclass
@@ -56,10 +55,9 @@ class Trial:
     config: Config
     seed: int
     rows: list[dict[str, Any]] = field(default_factory=list)  # a rung each
-    best: dict[str, Any] | None = None  # of them: the one whose model is kept
+    best: dict[str, Any] | None = None  # of them: the one whose model will be the trial's
     running: bool = False
     ended: bool = False
-    retries: int = 0
 
 
 class Engine:
@@ -147,7 +145,7 @@ class Engine:
     def take(self, work: Work, result: Mapping[str, Any], retries: int = 0) -> bool:
         """Write the result of a piece of work down; whether the trial has ended."""
         trial = self.trials[work.trial]
-        trial.running, trial.retries = False, retries
+        trial.running = False
         self.running -= 1
         failed = result.get("status") == "failed"
         error = result.get("error") or "it does not say why" if failed else self.objectives.problem(result)
@@ -158,8 +156,6 @@ class Engine:
             "rung": work.rung, "epochs": work.epochs, "config": work.values, "seed": trial.seed,
             **{name: result[name] for name in ROW if result.get(name) is not None},
         }  # fmt: skip
-        if work.donor is not None:
-            row["donor"] = work.donor
         if violation := self.objectives.violation(row):
             row["violation"] = violation
         if retries:
@@ -171,12 +167,13 @@ class Engine:
         self._write(line, *([self._ended(trial, "done", THROUGH)] if last else []))
         return last
 
-    def lose(self, work: Work, error: str) -> None:
+    def lose(self, work: Work, error: str, retries: int = 0) -> None:
         """A piece of work will not come back."""
         trial = self.trials[work.trial]
         trial.running = False
         self.running -= 1
-        self._write(self._ended(trial, "failed", f"failed at rung {work.rung}", error))
+        end = self._ended(trial, "failed", f"failed at rung {work.rung}", error)
+        self._write({**end, "retries": retries} if retries else end)
 
     def finish(self) -> None:
         """The search is over: whoever still waits ends with the result that it has."""
@@ -220,11 +217,7 @@ class Engine:
         epochs = self.ladder[rung]
         if self.cfg.scheduler == "none":
             epochs = trial.config.get("train.epochs" if self.cfg.trains else "recover.epochs", epochs)
-        work = Work(
-            trial.number, trial.config, trial.seed, rung, epochs, self.ladder[rung - 1] if rung else 0,
-            kept={name: trial.best[name] for name in (*FIELDS.values(), "bytes") if name in trial.best}
-            if trial.best is not None else None,
-        )  # fmt: skip
+        work = Work(trial.number, trial.config, trial.seed, rung, epochs, self.ladder[rung - 1] if rung else 0)
         if self.cfg.trains:
             return work
         last = trial.rows[-1] if trial.rows else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -80,7 +81,10 @@ def distance(space: Space, a: Config, b: Config) -> float:
             continue
         one, other = a[name], b[name]
         if isinstance(dimension, Range):
-            total += abs(one - other) / (dimension.high - dimension.low)
+            low, high = dimension.low, dimension.high
+            if dimension.log:
+                one, other, low, high = (math.log(v) for v in (one, other, low, high))
+            total += abs(one - other) / (high - low)
         elif one != other:
             ordered = [v for v in choices(dimension) if isinstance(v, (int, float)) and not isinstance(v, bool)]
             if one in ordered and other in ordered and len(ordered) > 1:

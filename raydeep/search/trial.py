@@ -16,7 +16,6 @@ import numpy as np
 from raydeep.config import Job
 from raydeep.run import read_json, write_bytes, write_json
 from raydeep.search.engine import Work
-from raydeep.search.objectives import Objectives
 
 if TYPE_CHECKING:
     from raydeep.compress.common import Common
@@ -33,18 +32,31 @@ def trial_folder(run: Path, trial: int | str) -> Path:
     return run / "trials" / (trial if isinstance(trial, str) else f"t{trial:03d}")
 
 
-def save_predictions(folder: Path, **splits: np.ndarray) -> None:
+def save_predictions(folder: Path, name: str = "predictions", **splits: np.ndarray) -> None:
     """Write `predictions.safetensors`: classes, int64 of shape [rows], of each split given."""
     from safetensors.numpy import save
 
-    write_bytes(folder / "predictions.safetensors", save(splits))
+    write_bytes(folder / f"{name}.safetensors", save(splits))
 
 
-def load_predictions(folder: Path) -> dict[str, np.ndarray]:
+def load_predictions(folder: Path, name: str = "predictions") -> dict[str, np.ndarray]:
     """Read `predictions.safetensors`."""
     from safetensors.numpy import load
 
-    return load((folder / "predictions.safetensors").read_bytes())
+    return load((folder / f"{name}.safetensors").read_bytes())
+
+
+OF_A_RUNG = ("model-{}.rdz", "predictions-{}.safetensors", "sensitivity-{}.json")  # kept until the search is over
+
+
+def settle(run: Path, trial: int, rung: int) -> None:
+    """A trial is over and the model of this rung is its own: the files lose their number, those of other rungs go."""
+    folder = trial_folder(run, trial)
+    for name in OF_A_RUNG:
+        if (folder / name.format(rung)).exists():
+            os.replace(folder / name.format(rung), folder / name.replace("-{}", ""))
+        for other in folder.glob(name.format("*")):
+            other.unlink()
 
 
 def limit_memory(limit: int | None) -> None:
@@ -119,7 +131,9 @@ class Bench:
         start = work.start
         if nearest and work.score is not None and self._accuracy(self._make(work, 0, nearest)) > work.score:
             start = str(work.neighbour)
-        begun = (nearest if start == work.neighbour else self._weights(start)) or self.common.dense
+        begun = nearest if start == work.neighbour else self._weights(start)
+        if begun is None:  # its files are gone: the search was over once
+            begun, start = self.common.dense, "dense"
         return self._make(work, work.epochs, begun), start
 
     def _make(self, work: Work, epochs: int, dense: Dense, before: State | None = None) -> Made:
@@ -169,9 +183,10 @@ class Bench:
             data.train, Augmenter(job.augment, data.mean, data.std), cfg.batch_size, work.seed, rank=rank, world=world,
             accumulate=cfg.accumulate, drop_last=cfg.drop_last, device=self.device,
         )  # fmt: skip
+        resume, start = self._resume(work, folder)
         fit(
             model, losses.cross_entropy(cfg.label_smoothing), batches, cfg, epochs=epochs, until=work.epochs,
-            seed=work.seed, saver=checkpoint.Saver(folder / "checkpoints", keep=1), resume=self._resume(work, folder),
+            seed=work.seed, saver=checkpoint.Saver(folder / "checkpoints", keep=1), resume=resume,
         )  # fmt: skip
         last = checkpoint.latest(folder / "checkpoints")
         pbt = self.job.search.scheduler == "pbt"
@@ -184,19 +199,20 @@ class Bench:
             from raydeep.compress.state import snapshot
 
             made = plan.Made(pack.pack(*artifact.freeze(model, spec)), snapshot(model, spec), [], {})
-        return {"start": work.donor or "scratch", **self._keep(work, made)}
+        return {"start": start, **self._keep(work, made)}
 
-    def _resume(self, work: Work, folder: Path) -> Checkpoint | None:
-        """The checkpoint that a rung begins from, or was cut off at."""
+    def _resume(self, work: Work, folder: Path) -> tuple[Checkpoint | None, str]:
+        """The checkpoint that a rung begins from, or was cut off at; and a donor's label, if it was that one's."""
         from raydeep.train import checkpoint
 
         own = checkpoint.latest(folder / "checkpoints")
-        if own is not None and (own.moment.epoch > work.before or own.moment.step):
-            return own
         if work.donor is None:
-            return own
+            return own, "scratch"
         theirs = trial_folder(self.run, work.donor) / f"rung-{work.rung - 1}"
-        return checkpoint.load(theirs) if theirs.exists() else own
+        if not theirs.exists():
+            return own, "scratch"
+        cut_off = own is not None and (own.moment.epoch > work.before or own.moment.step)  # inside this rung
+        return (own if cut_off else checkpoint.load(theirs)), work.donor
 
     @staticmethod
     def _keep_rung(path: Path, folder: Path, rung: int) -> None:
@@ -228,7 +244,7 @@ class Bench:
         return plan.score(packed, self.data, self.data.val, self.job.train.eval_batch_size)
 
     def _keep(self, work: Work, made: Made) -> dict[str, Any]:
-        """Measure the packed model; write it and what it predicts, unless an earlier rung's is better."""
+        """Measure the packed model; write it and what it predicts under the rung's number (see `settle`)."""
         from raydeep.compress import cost, pack
         from raydeep.model import artifact
 
@@ -254,13 +270,11 @@ class Bench:
             return found
         if self.dense.get("latency_ms"):
             found["latency_ms"] = self._latency(folder, made.packed, val)
-        objectives = Objectives.of(self.job.search)
-        if objectives.problem(found) or not objectives.better(found, work.kept):
-            return found
-        save_predictions(folder, val=val)
+        model_file, _, sensitivity_file = (folder / name.format(work.rung) for name in OF_A_RUNG)
+        save_predictions(folder, f"predictions-{work.rung}", val=val)
         if made.sensitivity:
-            write_json(folder / "sensitivity.json", made.sensitivity)
-        write_bytes(folder / "model.rdz", made.packed)
+            write_json(sensitivity_file, made.sensitivity)
+        write_bytes(model_file, made.packed)
         return found
 
     def _latency(self, folder: Path, packed: bytes, predicted: np.ndarray) -> float:

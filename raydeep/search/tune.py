@@ -139,7 +139,8 @@ class Proposer(Searcher):
         """Of trials that ended by themselves the engine knows already; here it hears of the others."""
         work = self.scheduler.works.get(trial_id)
         if error and work is not None and work.trial not in self.engine.ledger.rows:
-            self.engine.lose(work, f"the trial's process died {LIVES} times; see ray.log. Did it run out of memory?")
+            died = f"the trial's process died {LIVES} times; see ray.log. Did it run out of memory?"
+            self.engine.lose(work, died, retries=LIVES - 1)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
