@@ -145,7 +145,11 @@ class Recover(Section):
 class Export(Section):
     """What is written for each model of the front, and how it is measured."""
 
-    max_models: Count = Field(8, description="At most so many models of the front, spread over bytes")
+    max_models: Count = Field(
+        8,
+        description="At most so many models, spread over the front; beside them the smallest that is close to the dense "
+        "one, and the best under each constraint",
+    )
     target: Literal["avx2", "vnni", "arm", "gpu"] = Field(
         "avx2",
         description="Processor that the integer graph is for. avx2: right on any (8-bit pairs as unsigned, or 7-bit "

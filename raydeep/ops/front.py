@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydeep.config import Job
 from raydeep.errors import RaydeepError
 from raydeep.fields import Average
 from raydeep.ops.console import Ui
@@ -28,7 +27,7 @@ def _finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> li
     from raydeep.report.page import write_report
 
     with ui.stage("export") as stage:
-        chosen, best = _front(run.job, trials)
+        chosen, best = _front(run, trials)
         candidates = [_candidate(run, "dense", data)]
         for i, row in enumerate(chosen):
             stage.update(i, len(chosen), f"model t{row['trial']:03d}")
@@ -74,20 +73,24 @@ def _finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> li
     return front["models"]
 
 
-def _front(job: Job, trials: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def _front(run: Run, trials: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Trials on the front of the search's objectives, export.max_models at most, and the best under each constraint.
 
-    The best ones are among them; the order is that of the first objective, best first.
+    The best ones are among them, and the smallest that is close to the dense model; the order is that of the first
+    objective, best first.
     """
     from raydeep.search import pareto
     from raydeep.search.objectives import Objectives
 
     if not trials:
         return [], {}
-    objectives = Objectives.of(job.search)
+    objectives = Objectives.of(run.job.search)
     found = objectives.front(trials)
     best = objectives.best(trials)
-    kept = [*pareto.spread(found, job.export.max_models), *best.values()]
+    dense = read_json(run.path / "provenance.json").get("reference", {}).get("val_accuracy", 0.0)
+    close = pareto.smallest_close([trials[i] for i in found], dense)
+    kept = [*pareto.spread(found, run.job.export.max_models), *best.values()]
+    kept += [] if close is None else [trials.index(close)]
     order = sorted(dict.fromkeys(kept), key=lambda i: (objectives.point(trials[i]), i))
     return [trials[i] for i in order], {name: f"t{trials[i]['trial']:03d}" for name, i in best.items()}
 

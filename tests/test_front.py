@@ -1,0 +1,48 @@
+"""Which trials of a search are exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raydeep.config import Job
+from raydeep.ops import front
+from raydeep.recipe import Export
+from raydeep.run import Run, write_json
+from raydeep.tuning import Search
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Any:
+    """Labels of what is exported of trials given as (accuracy, bytes); the dense model has 0.95."""
+
+    def choose(points: list[tuple[float, int]], most: int, **search: Any) -> tuple[list[str], dict[str, str]]:
+        write_json(tmp_path / "provenance.json", {"reference": {"val_accuracy": 0.95}})
+        job = Job(search=Search(**search), export=Export(max_models=most))
+        rows = [{"trial": i, "val_accuracy": a, "bytes": b} for i, (a, b) in enumerate(points)]
+        chosen, best = front._front(Run(tmp_path, job), rows)
+        return [f"t{row['trial']:03d}" for row in chosen], best
+
+    return choose
+
+
+POINTS = [(0.96, 900), (0.955, 800), (0.945, 300), (0.90, 200), (0.80, 100), (0.70, 500)]
+
+
+def test_the_smallest_that_is_close_to_the_dense_model_is_always_there(exported):
+    assert exported(POINTS, 1)[0] == ["t002", "t004"]
+    assert exported(POINTS, 2)[0] == ["t000", "t002", "t004"]
+    assert exported(POINTS, 9)[0] == ["t000", "t001", "t002", "t003", "t004"]
+
+
+def test_the_best_under_each_constraint_are_there(exported):
+    found, best = exported(POINTS, 1, constraints=("accuracy >= 0.95", "bytes <= 250"))
+    assert best == {"accuracy >= 0.95": "t001", "bytes <= 250": "t003"}
+    assert {"t001", "t003"} <= set(found)
+
+
+def test_one_objective_has_one_model_and_a_search_without_trials_none(exported):
+    assert exported(POINTS, 8, objectives=["accuracy"])[0] == ["t000"]
+    assert exported([], 8) == ([], {})
