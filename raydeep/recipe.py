@@ -147,8 +147,8 @@ class Export(Section):
 
     max_models: Count = Field(
         8,
-        description="At most so many models, spread over the front; beside them the smallest that is close to the dense "
-        "one, and the best under each constraint",
+        description="At most so many models, spread over the front; beside them the smallest that is close to the "
+        "dense one, and the best under each constraint",
     )
     target: Literal["avx2", "vnni", "arm", "gpu"] = Field(
         "avx2",

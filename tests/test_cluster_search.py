@@ -80,30 +80,32 @@ def test_a_search_ends_with_the_others_and_says_what_happened(home: Path, monkey
 
 @pytest.mark.slow
 def test_a_driver_killed_at_twenty_moments_loses_and_repeats_no_trial(home: Path) -> None:
-    storage, trials, chance = home / "kills", 30, random.Random(0)
+    storage, trials, chance = home / "kills", 120, random.Random(0)
     size = ["--set", f"search.trials={trials}", "--set", "train.epochs=5", *QUICK]
     code, said = run(home, "train", str(JOBS / "digits.yaml"), "--set", f"storage={storage}", *size)
     assert code == 0, said
     [dense] = storage.glob("digits-*")
-    before: list[bytes] = []
     command = ["search", str(JOBS / "digits.yaml"), "--from", str(dense), "--set", f"storage={storage}", *size]
-    kills = 0
-    while kills < 20:
+    before: list[bytes] = []  # whole lines of the ledger
+
+    def lines() -> list[bytes]:
+        found = [path.read_bytes() for path in storage.glob("digits-*/ledger.jsonl")]
+        return found[0].split(b"\n")[:-1] if found else []
+
+    for kill in range(20):
         process = start(home, *command)
-        end = time.monotonic() + chance.uniform(4, 20)
-        while time.monotonic() < end and process.poll() is None:
-            time.sleep(0.05)
+        if kill % 5:  # at any moment of the search; else before or just as it begins
+            wait_for(lambda: len(lines()) > len(before) or process.poll() is not None, 120, "the search")  # noqa: B023
+        time.sleep(chance.uniform(0, 2) if kill % 5 else chance.uniform(1, 8))
         assert process.poll() is None, process.stdout.read()  # type: ignore[union-attr]
         process.send_signal(signal.SIGKILL)
         process.communicate()
         wait_for(lambda: not ray_processes(home), 60, "Ray to follow its driver")
-        kills += 1
-        found = list(storage.glob("digits-*/ledger.jsonl"))
-        if found:
-            command = ["search", "--resume", str(found[0].parent)]
-            lines = [line for line in found[0].read_bytes().split(b"\n") if line]
-            assert lines[: len(before)] == before, "a line that was written has changed"
-            before = lines if found[0].read_bytes().endswith(b"\n") else lines[:-1]
+        now = lines()
+        assert now[: len(before)] == before, "a line that was written has changed"
+        before = now
+        if runs := [path.parent for path in storage.glob("digits-*/ledger.jsonl")]:
+            command = ["search", "--resume", str(runs[0])]
     code, said = run(home, *command)
     assert code == 0, said
     [ledger] = storage.glob("digits-*/ledger.jsonl")
