@@ -201,7 +201,7 @@ def search(job: Job, command: str, ui: Ui, start: Path | None = None, resume: Ru
             if start is not None:
                 _take_dense(session, start)
             dense = train_dense(session)
-            trackers = outer.enter_context(searching.tracking(job, session.run))
+            trackers = outer.enter_context(searching.tracking(job, session.run, ui))
             done = searching.search(
                 job, session.run, session.data, session.shared, dense, session.manifest.hash,
                 session.plan.concurrent_trials, ui, trackers,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from raydeep.data.resident import Dataset
     from raydeep.search.ledger import Ledger
     from raydeep.search.objectives import Objectives
-    from raydeep.search.track import Tracker
+    from raydeep.search.track import Careful, Tracker
 
 
 # what the meaning of a ledger's lines depends on
@@ -55,14 +55,13 @@ def measures(job: Job, run: Run, dense: Dense, data: Dataset) -> dict[str, Any]:
 
 
 @contextmanager
-def tracking(job: Job, run: Run) -> Iterator[list[Tracker]]:
+def tracking(job: Job, run: Run, ui: Ui) -> Iterator[list[Careful]]:
     """The trackers that search.track names, told at the end how it ended."""
     from raydeep.run import read_lines
     from raydeep.search import track
-
-    old = [row for row in read_lines(run.path / "ledger.jsonl") if "trial" in row]
     from raydeep.search.objectives import Objectives
 
+    old = [row for row in read_lines(run.path / "ledger.jsonl") if "trial" in row]
     names = [name for name in job.search.track if name != "wandb"]  # that is Ray's callback: tune.callbacks
     found = track.trackers(
         names, run.path, job.name, job.model_dump(mode="json")["search"], old, Objectives.of(job.search).front
@@ -77,6 +76,8 @@ def tracking(job: Job, run: Run) -> Iterator[list[Tracker]]:
     finally:
         for tracker in found:
             tracker.close(status)
+            if tracker.tracker is None:
+                ui.say(f"  note       search.track {tracker.name} failed and was left off: see {run.path / 'ray.log'}")
 
 
 def search(

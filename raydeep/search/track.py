@@ -73,7 +73,7 @@ def trackers(
     params: dict[str, Any],
     old: Sequence[Row],
     front: Front = by_accuracy_and_bytes,
-) -> list[Tracker]:
+) -> list[Careful]:
     """Trackers of a search, in the order of their names.
 
     None of them stops a search: the first failure, here or later, is told once by `warnings.warn` (a RuntimeWarning),

@@ -49,6 +49,7 @@ class ParetoHalving(TrialScheduler):
         super().__init__()
         self.engine, self.room = engine, room
         self.works: dict[str, Work] = {}  # Tune's name of a trial → its last piece of work
+        self.errors: dict[str, str] = {}  # Tune's name of a trial → what its process died of
         self.waiting: dict[int, Trial] = {}  # number → Tune's trial
         self.pending: dict[Trial, float] = {}  # Tune's trials without a process → since when
         self.file, self.told = file, [0, 0]
@@ -82,6 +83,7 @@ class ParetoHalving(TrialScheduler):
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """A process has died; whether for good, the searcher is told."""
+        self.errors[trial.trial_id] = str(trial.get_error() or "no reason is known")
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """A trial has ended."""
@@ -139,7 +141,8 @@ class Proposer(Searcher):
         """Of trials that ended by themselves the engine knows already; here it hears of the others."""
         work = self.scheduler.works.get(trial_id)
         if error and work is not None and work.trial not in self.engine.ledger.rows:
-            died = f"the trial's process died {LIVES} times; see ray.log. Did it run out of memory?"
+            told = self.scheduler.errors.get(trial_id, "no reason is known").strip()
+            died = f"{told}\nthe trial's process died {LIVES} times, this is what was last heard of it"
             self.engine.lose(work, died, retries=LIVES - 1)
 
     def __getstate__(self) -> dict[str, Any]:
