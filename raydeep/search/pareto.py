@@ -94,11 +94,12 @@ def crowding(points: Points) -> list[float]:
         coordinate stand there in the order of their indices, so one of them is the end. A coordinate in which all
         points are equal adds 0 and has no ends: a single point has distance 0.
     """
-    values_NK, ranges_K = _scaled(_values(points))
+    raw_NK = _values(points)
+    values_NK, ranges_K = _scaled(raw_NK)
     distances_N = np.zeros(len(values_NK))
-    for column_N, extent in zip(values_NK.T, ranges_K, strict=True):
+    for raw_N, column_N, extent in zip(raw_NK.T, values_NK.T, ranges_K, strict=True):
         if extent > 0:
-            order = np.argsort(column_N, kind="stable")
+            order = np.argsort(raw_N, kind="stable")  # scaled, tiny differences may vanish
             column_N = column_N[order]
             distances_N[order[1:-1]] += (column_N[2:] - column_N[:-2]) / extent
             distances_N[order[[0, -1]]] = np.inf
