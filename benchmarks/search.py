@@ -190,7 +190,7 @@ def overhead(args: Any) -> list[dict[str, Any]]:
     import ray
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not find this file
-    trials, rounds = (200, 1) if args.quick else (1000, 3)
+    trials, rounds = (200, 1) if args.quick else (1000, args.rounds)
     mine, floors = [], []
     for turn in range(rounds):
         mine.append(noop(trials) / (trials - 1))
@@ -236,6 +236,7 @@ def main() -> None:
         __doc__,
         only={"choices": list(SECTIONS), "help": "one section"},
         seeds={"type": int, "default": 3, "help": "of front"},
+        rounds={"type": int, "default": 3, "help": "of overhead"},
         cache={"default": "runs/benchmarks", "help": "where curves are kept: a section that was cut off goes on"},
     )
     for name in [args.only] if args.only else list(SECTIONS):
