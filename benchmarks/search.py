@@ -164,6 +164,7 @@ class Noop(TrialActor):
 
 def noop(trials: int) -> float:
     """Seconds from the first to the last of trials that do nothing, on two actors, ledger and all."""
+    from raydeep.search.engine import Engine
     from raydeep.search.ledger import Ledger
     from raydeep.search.tune import run_trials
     from raydeep.train.cluster import cluster
@@ -176,10 +177,11 @@ def noop(trials: int) -> float:
     (home / "run" / "ray").mkdir(parents=True)
     dense = {"val_accuracy": 0.9, "bytes": 10**6}
     with cluster(job, home / "ray.log"):
-        run_trials(
-            job, home / "run", None, None, dense, Ledger(home / "run" / "ledger.jsonl", {}), AT_ONCE,  # type: ignore[arg-type]
-            lambda row: ends.append(time.perf_counter()) if row["event"] == "end" else None, None, Noop,
+        engine = Engine(
+            job, Ledger(home / "run" / "ledger.jsonl", {}), dense,
+            lambda _, row: ends.append(time.perf_counter()) if row["event"] == "end" else None,
         )  # fmt: skip
+        run_trials(engine, home / "run", None, None, AT_ONCE, None, Noop)  # type: ignore[arg-type]
     shutil.rmtree(home, ignore_errors=True)
     assert len(ends) == trials, f"{len(ends)} of {trials} trials ended"
     return ends[-1] - ends[0]

@@ -80,10 +80,12 @@ class Job(Section):
                     self.with_values({key: value}, check_pairs=False)
                 except JobError as err:
                     raise ValueError(f"search.space.{key}: {err}") from None
-        if search.workers_per_trial > 1 and search.trains and self.train.batch_size < search.workers_per_trial:
+        own = None if search.trains else self.recover.batch_size
+        batch, key = (own, "recover.batch_size") if own else (self.train.batch_size, "train.batch_size")
+        if batch < search.workers_per_trial * self.train.accumulate:
             raise ValueError(
-                f"train.batch_size {self.train.batch_size} is less than search.workers_per_trial "
-                f"{search.workers_per_trial}: raise it"
+                f"{key} {batch} is less than search.workers_per_trial {search.workers_per_trial} × "
+                f"train.accumulate {self.train.accumulate}: raise it"
             )
         rounds = [self.prune.rounds, *search.values("prune.rounds")]
         iterative = "iterative" in (self.prune.schedule, *search.values("prune.schedule"))

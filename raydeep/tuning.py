@@ -206,9 +206,9 @@ class Search(Section):
         1.0, description="With scaling.use_gpu: GPUs of a trial; 0.25: four share one"
     )
     workers_per_trial: Count = Field(
-        1, description="More than 1: a trial trains on so many workers (a TorchTrainer each rung: half a minute more)"
+        1, description="More than 1: a trial trains on so many workers (a TorchTrainer a rung: some 15 s to start)"
     )
-    trial_memory_bytes: Annotated[MaybeCount, Field()] = Field(
+    trial_memory_bytes: MaybeCount = Field(
         None, description="A trial that needs more memory than this, beyond its data, fails (Linux); none: no limit"
     )
     max_failed: Annotated[int, Field(ge=0)] = Field(3, description="Stop the search after more failed trials")

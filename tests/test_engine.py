@@ -16,9 +16,10 @@ import pytest
 from raydeep.config import Job, Recover, Search, Train
 from raydeep.errors import JobError
 from raydeep.search import pareto, population, space
-from raydeep.search.engine import THROUGH, Engine, Work, label, trial_seed
+from raydeep.search.engine import THROUGH, Engine
 from raydeep.search.ledger import Ledger
 from raydeep.search.objectives import Objectives
+from raydeep.search.work import Work, label, trial_seed
 
 Row = dict[str, Any]
 Measure = Callable[[Work], Row]
@@ -309,14 +310,14 @@ def test_an_empty_space_is_one_trial(open_engine):
 
 def test_rows_hold_configuration_seed_and_result_and_are_told(open_engine):
     told: list[Row] = []
-    engine = open_engine(searching(1, scheduler="none"), on_row=told.append)
+    engine = open_engine(searching(1, scheduler="none"), on_row=lambda _, row: told.append(row))
     (work,) = drive(engine)
     rung, end = lines(engine)
     assert told == [rung, end]
     measured = {k: v for k, v in measure(work).items() if k not in ("status", "error", "not_a_column")}
     both = {"trial": 0, "rung": 0, "epochs": 9, "config": work.values, "seed": trial_seed(0, 0), "at": 0.0, **measured}
     both["hypervolume"] = rung["hypervolume"]
-    assert rung == {**both, "event": "rung", "status": "paused"}
+    assert rung == {**both, "event": "rung"}
     assert end == {**both, "event": "end", "status": "done", "stopped": THROUGH, "error": None, "rungs": 1}
 
 
@@ -794,7 +795,7 @@ def end(trial: int, status: str = "done") -> Row:
 
 def test_a_ledger_comes_back_with_its_ends_by_number(tmp_path):
     ledger = Ledger(tmp_path / "ledger.jsonl", FACTS)
-    ledger.add({"trial": 2, "event": "rung", "rung": 0, "status": "paused"})
+    ledger.add({"trial": 2, "event": "rung", "rung": 0})
     for row in (end(2), end(0, "failed"), end(1)):
         ledger.add(row)
     again = Ledger(tmp_path / "ledger.jsonl", FACTS)
@@ -845,7 +846,7 @@ def test_a_ledger_of_an_older_kind_is_refused(tmp_path):
 
 def test_a_trial_ends_once_and_has_a_rung_once(tmp_path):
     ledger = Ledger(tmp_path / "ledger.jsonl", FACTS)
-    rung = {"trial": 0, "event": "rung", "rung": 0, "status": "paused"}
+    rung = {"trial": 0, "event": "rung", "rung": 0}
     ledger.add(rung)
     with pytest.raises(AssertionError, match="trial 0 has rung 0 already"):
         ledger.add(rung)

@@ -170,3 +170,10 @@ def test_networks_whose_channels_stay_are_refused_before_any_time_is_spent(tree)
 def test_a_sparsity_that_would_empty_a_layer_is_refused(dense, digits):
     with pytest.raises(JobError, match=r"prune\.sparsity"):
         compressed({"prune.sparsity": 0.9999}, dense, digits)
+
+
+def test_every_network_of_a_space_must_exist(dense):
+    spec = dense.spec
+    plan.check(parse_job({"search": {"space": {"model.name": ["seed", "resnet8"]}}}, "job"), spec)
+    with pytest.raises(ModelError, match="resnet9"):
+        plan.check(parse_job({"search": {"space": {"model.name": ["seed", "resnet9"]}}}, "job"), spec)

@@ -142,7 +142,7 @@ def write_ledger(folder: Path, rng: random.Random, error: str) -> list[dict]:
             }  # fmt: skip
             times = {"seconds": 1.0 + rung, "cpu_seconds": 0.5 + rung, "at": 3.0 + len(lines)}
             volume = {"hypervolume": round(60 - 60 / (1 + len(lines)), 4)}
-            lines.append({**common, "event": "rung", "status": "paused", **measures, **times, **volume})
+            lines.append({**common, "event": "rung", **measures, **times, **volume})
         failed = trial in (17, 41)
         stopped = f"failed at rung {rungs}" if failed else f"not promoted from rung {rungs - 1}"
         finals.append(
@@ -488,7 +488,7 @@ def test_workers_of_trials_and_a_hypervolume_of_one_line(tmp_path: Path) -> None
 def test_front_is_that_of_the_objectives_and_constraints(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "front.json").unlink()
-    rung = {"event": "rung", "status": "paused", "rung": 0, "epochs": 1, "config": {}, "start": "scratch"}
+    rung = {"event": "rung", "rung": 0, "epochs": 1, "config": {}, "start": "scratch"}
     measured = [  # accuracy, worst class, bytes, ms
         (0.95, 0.50, 900, 4.0),
         (0.97, 0.80, 1000, 3.0),  # beaten in both objectives by the next

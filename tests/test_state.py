@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +26,10 @@ from raydeep.data.resident import Dataset
 from raydeep.errors import ModelError
 from raydeep.model import artifact, layers
 from raydeep.search import trial
-from raydeep.search.engine import Engine, Work
+from raydeep.search.engine import Engine
 from raydeep.search.ledger import Ledger
 from raydeep.search.trial import Bench, load_predictions, save_predictions, settle, trial_folder
+from raydeep.search.work import Work
 from raydeep.train import checkpoint, losses
 from raydeep.train.loop import fit
 
@@ -433,6 +435,33 @@ def test_a_trial_starts_from_a_neighbour_only_if_that_scores_better(compressing,
     good = bench_of(compressing, tmp_path / "good", dense, digits)
     through(good, works({S: 0.9, W: 4, A: 8})[:2])
     assert good.do(works({W: 8}, number=1)[0]._replace(neighbour="t000"))["start"] == "dense"
+
+
+def test_a_packed_file_is_scored_once(compressing, dense, digits, tmp_path, monkeypatch):
+    bench = bench_of(compressing, tmp_path, dense, digits)
+    through(bench, works(FOUR_BITS)[:2])
+    scored: list[bytes] = []
+    real = plan.score
+    monkeypatch.setattr(plan, "score", lambda packed, *rest: scored.append(packed) or real(packed, *rest))
+    assert bench.do(works({W: 4}, number=1)[0]._replace(neighbour="t000"))["error"] is None
+    assert len(scored) == len(set(scored)) == 2  # from the dense model, and from the neighbour
+
+
+def test_what_trials_share_is_sent_without_the_data(compressing, dense, digits):
+    job = compressing.model_copy(update={"prune": compressing.prune.model_copy(update={"score": "taylor"})})
+    whole = Common(dense, digits, 3).prepare(job)
+    sent = pickle.loads(pickle.dumps(whole.sent()))
+    assert sent.data is None
+    there = sent.receive(digits, "cpu")
+    rows = job.quantize.calibration_rows
+    assert set(there.known) == set(whole.known) > set()
+    assert all(
+        torch.equal(a, b) for a, b in zip(there.inputs(job.augment, rows), whole.inputs(job.augment, rows), strict=True)
+    )
+    assert all(torch.equal(score, whole.taylor(rows)[name]) for name, score in there.taylor(rows).items())
+    for (x, y), (u, v) in zip(there.labelled(rows), whole.labelled(rows), strict=True):
+        assert torch.equal(x, u)
+        assert torch.equal(y, v)
 
 
 # without rungs

@@ -23,7 +23,7 @@ PARAMS = {"seed": 0, "search": {"trials": 3, "objectives": ["accuracy", "bytes"]
 
 def rung(trial: int, rung: int, accuracy: float, size: int, hypervolume: float, **more: Any) -> dict[str, Any]:
     return {
-        "trial": trial, "event": "rung", "status": "paused", "rung": rung, "epochs": 3 * rung,
+        "trial": trial, "event": "rung", "rung": rung, "epochs": 3 * rung,
         "config": {"prune.sparsity": 0.5 + trial / 10, "quantize.weight_bits": None, "distill.enabled": True},
         "seed": 100 + trial, "val_accuracy": accuracy, "worst_class_accuracy": accuracy - 0.1, "bytes": size,
         "macs": 1000, "compression_ratio": 10.0, "sparsity": 0.5, "seconds": 1.0, "cpu_seconds": 0.9, "at": 1.0,

@@ -290,7 +290,9 @@ def test_rounds_of_pruning_must_fit_the_first_rung_that_trains():
 def test_a_batch_must_reach_all_workers_of_a_trial():
     space = {LR: [0.1, 0.2]}
     message = refusal({"workers_per_trial": 4, "space": space}, train={"batch_size": 3})
-    assert message == "train.batch_size 3 is less than search.workers_per_trial 4: raise it"
+    assert message == "train.batch_size 3 is less than search.workers_per_trial 4 × train.accumulate 1: raise it"
+    message = refusal({"workers_per_trial": 4}, recover={"batch_size": 6}, train={"accumulate": 2})
+    assert message == "recover.batch_size 6 is less than search.workers_per_trial 4 × train.accumulate 2: raise it"
 
 
 @pytest.mark.parametrize("dimension", ["[0.5, 1.5]", "{low: 0, high: 1}", "{low: 3, high: 1}"])

@@ -81,9 +81,10 @@ class Common:
         other.known = self.known
         return other
 
-    def receive(self, data: Dataset) -> Common:
-        """Take the data that `sent` left out."""
-        self.data = data
+    def receive(self, data: Dataset, device: str) -> Common:
+        """Take the data that `sent` left out, and go to where this process trains."""
+        self.data, self.device = data, device
+        self.known = {name: _to(value, device) for name, value in self.known.items()}
         return self
 
     def prepare(self, job: Job) -> Common:
@@ -99,6 +100,15 @@ class Common:
 
 
 BITS = "quantize.weight_bits"
+
+
+def _to(value: Any, device: str) -> Any:
+    """The same with its tensors on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _to(item, device) for name, item in value.items()}
+    return type(value)(_to(item, device) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def training_inputs(data: Dataset, cfg: Augment, rows: int, seed: int, device: str = "cpu") -> list[torch.Tensor]:

@@ -59,9 +59,12 @@ def check(job: Job, spec: dict[str, Any]) -> None:
     """Refuse what can't be compressed as the job says, before any time is spent.
 
     Raises:
-        ModelError: the network has no channels that can go, or the teacher does not fit.
+        ModelError: there is no such network, it has no channels that can go, or the teacher does not fit.
     """
     values = job.search.values
+    for name in values("model.name"):
+        args = {} if "model.args" in job.search.space else job.model.args
+        artifact.build({**spec, "model": {"name": name, "args": args}})
     kinds = {job.prune.kind, *values("prune.kind")}
     shares = {job.prune.sparsity, *values("prune.sparsity")}
     model = artifact.build(spec)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,12 @@ from raydeep.run import Run, sha256_file
 if TYPE_CHECKING:
     from raydeep.compress.plan import Dense
     from raydeep.data.resident import Dataset
-    from raydeep.search.ledger import Ledger
-    from raydeep.search.objectives import Objectives
+    from raydeep.search.engine import Engine
     from raydeep.search.track import Careful, Tracker
 
 
 # what the meaning of a ledger's lines depends on
-FACTS = ("space", "objectives", "constraints", "sampler", "scheduler", "rungs", "reduction", "promote", "warm_starts")
+FACTS = ("space", "objectives", "constraints", "sampler", "scheduler", "reduction", "promote", "warm_starts")
 
 
 def measures(job: Job, run: Run, dense: Dense, data: Dataset) -> dict[str, Any]:
@@ -95,32 +94,31 @@ def search(
     """
     from raydeep.compress.common import Common
     from raydeep.search import tune
+    from raydeep.search.engine import Engine
     from raydeep.search.ledger import Ledger
-    from raydeep.search.objectives import Objectives
     from raydeep.search.trial import settle
 
     file = run.model("dense") / "model.safetensors"
     dump = job.model_dump(mode="json")["search"]
     facts = {name: dump[name] for name in FACTS}
+    facts["ladder"] = job.search.ladder(job.train.epochs if job.search.trains else job.recover.epochs)
     facts |= {"seed": job.seed, "dense_sha256": sha256_file(file), "dataset": dataset_hash}
     ledger = Ledger(run.path / "ledger.jsonl", facts)
     reference = measures(job, run, dense, data)
     run.note(reference=reference)
-    objectives, total = Objectives.of(job.search), most_trials(job)
     with ui.stage("search") as stage:
-        common = Common(dense, data, job.seed, "cuda" if job.scaling.use_gpu else "cpu")
+        common = Common(dense, data, job.seed)
         if not job.search.trains:
             common.prepare(job)
 
-        def on_row(row: dict[str, Any]) -> None:
+        def on_row(engine: Engine, row: dict[str, Any]) -> None:
             for tracker in trackers:
                 tracker.row(row)
-            show(stage, ledger, objectives, total, reference)
+            show(stage, engine)
 
+        engine = Engine(job, ledger, reference, on_row)
         loggers = tune.callbacks(job, run.path.name)
-        engine = tune.run_trials(
-            job, run.path, shared, common.sent(), reference, ledger, concurrent, on_row, loggers
-        )  # fmt: skip
+        tune.run_trials(engine, run.path, shared, common.sent(), concurrent, loggers)
         done, failed = ledger.done(), ledger.failed()
         told = f" ({engine.stopped})" if engine.stopped else ""
         stage.text = f"{len(done)} trials finished, {len(failed)} failed{told}"
@@ -137,37 +135,24 @@ def search(
     return done
 
 
-def most_trials(job: Job) -> int:
-    """Configurations that a search tries at most."""
-    from raydeep.search import space
-
-    most = min(job.search.trials, job.search.population) if job.search.scheduler == "pbt" else job.search.trials
-    every = space.everything(job.search.space)
-    return most if every is None else min(most, len(every))
-
-
-def show(stage: Stage, ledger: Ledger, objectives: Objectives, total: int, reference: Mapping[str, Any]) -> None:
+def show(stage: Stage, engine: Engine) -> None:
     """The front so far, with the dense model's measures beside it."""
-    best: dict[int, dict[str, Any]] = {}
-    for row in ledger.lines:
-        if row["status"] != "failed" and objectives.better(row, best.get(row["trial"])):
-            best[row["trial"]] = row
-    rows = list(best.values())
-    if not rows:
-        stage.update(0, total, f"trials, {len(ledger.failed())} failed")
-        return
-    front = [rows[i] for i in objectives.front(rows)]
-    failed = f", {len(ledger.failed())} failed" if ledger.failed() else ""
-    seen = {row["trial"] for row in ledger.lines}
-    volume = ledger.lines[-1]["hypervolume"]
-    stage.update(len(seen), total, f"trials, {len(front)} on the front, hypervolume {volume:.3g}{failed}")
     from raydeep.search.objectives import FIELDS
+    from raydeep.search.work import label
 
+    ledger, objectives = engine.ledger, engine.objectives
+    failed = f", {len(ledger.failed())} failed" if ledger.failed() else ""
+    found = {trial.number: trial.best for trial in engine.trials.values() if trial.best is not None}
+    begun = sum(bool(trial.rows) or trial.ended for trial in engine.trials.values())
+    rows = list(found.values())
+    front = [rows[i] for i in objectives.front(rows)]
+    text = f"trials, {len(front)} on the front, hypervolume {engine.volume:.3g}{failed}"
+    stage.update(begun, engine.total, text)
     columns = [FIELDS[name] for name in objectives.modes]
     stage.table(
         ["model", *objectives.modes, "epochs"],
-        [["dense", *(words(c, reference.get(c)) for c in columns), ""]]
-        + [[f"t{row['trial']:03d}", *(words(c, row[c]) for c in columns), str(row["epochs"])] for row in front],
+        [["dense", *(words(c, engine.dense.get(c)) for c in columns), ""]]
+        + [[label(row["trial"]), *(words(c, row[c]) for c in columns), str(row["epochs"])] for row in front],
     )
 
 

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -21,30 +21,11 @@ from raydeep.search.objectives import Objectives
 from raydeep.search.rungs import Rungs
 from raydeep.search.sampler import Result, Sampler
 from raydeep.search.space import Config
+from raydeep.search.work import Work, label, trial_seed
 
 THROUGH = "through all rungs"
 RISE = 1e-9  # hypervolume that counts as more
 SUMS = ("seconds", "cpu_seconds", "overhead_seconds")
-
-
-def trial_seed(seed: int, trial: int) -> int:
-    """Seed of a trial's training, from the job's seed and the trial's number."""
-    return int(np.random.SeedSequence([seed, trial]).generate_state(1)[0] & 0x7FFFFFFF)
-
-
-class Work(NamedTuple):
-    """One rung of one trial."""
-
-    trial: int
-    values: Config
-    seed: int
-    rung: int
-    epochs: int  # that the trial has had after it
-    before: int  # and before it
-    start: str = "dense"  # what it began from: dense, or the label of another trial
-    score: float | None = None  # its accuracy without training from there, if that is known
-    neighbour: str | None = None  # a trained trial whose weights may be better to begin from
-    donor: str | None = None  # population-based training: whose checkpoint it goes on from
 
 
 @dataclass
@@ -68,7 +49,7 @@ class Engine:
         job: Job,
         ledger: Ledger,
         dense: Mapping[str, Any],
-        on_row: Callable[[dict[str, Any]], None] | None = None,
+        on_row: Callable[[Engine, dict[str, Any]], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin, or go on where the ledger ends.
@@ -77,7 +58,7 @@ class Engine:
             job: the job.
             ledger: of this search.
             dense: measures of the dense model, by the names of a trial's.
-            on_row: called with each new line of the ledger.
+            on_row: called with this and each new line of the ledger.
             clock: seconds.
         """
         self.job, self.cfg, self.ledger, self.dense, self.on_row = job, job.search, ledger, dense, on_row
@@ -161,7 +142,7 @@ class Engine:
         if retries:
             row["retries"] = retries
         row["hypervolume"] = self._volume_with(trial, row)
-        line = {"trial": trial.number, "event": "rung", "status": "paused", **row}
+        line = {"trial": trial.number, "event": "rung", **row}
         self._note(line)
         last = work.rung + 1 == len(self.ladder)
         self._write(line, *([self._ended(trial, "done", THROUGH)] if last else []))
@@ -268,7 +249,7 @@ class Engine:
         self._look_at_targets()
         for row in rows:
             if self.on_row is not None:
-                self.on_row(row)
+                self.on_row(self, row)
 
     def _note(self, row: dict[str, Any]) -> None:
         """Take a line of the ledger in, new or read."""
@@ -322,8 +303,3 @@ ROW = (
     "start", "val_accuracy", "worst_class_accuracy", "bytes", "macs", "latency_ms", "compression_ratio", "sparsity",
     "parameters", "nonzeros", "artifact_sha256", "seconds", "cpu_seconds", "overhead_seconds",
 )  # fmt: skip
-
-
-def label(trial: int) -> str:
-    """Name of a trial in files and tables."""
-    return f"t{trial:03d}"

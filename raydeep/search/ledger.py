@@ -15,7 +15,7 @@ class Ledger:
     """What became of each trial, in the order it was known.
 
     The first line holds what the trials' meaning depends on. Then there is a line for each rung that a trial came
-    through and waits at (`event: rung`, `status: paused`), and one for its end (`event: end`, `status: done` or
+    through (`event: rung`), and one for its end (`event: end`, `status: done` or
     `failed`, `stopped`: why). Times (`seconds`, `cpu_seconds`, `overhead_seconds`, `at`) are all that two searches of
     one seed on one actor differ in.
     """

@@ -1,4 +1,4 @@
-"""Asynchronous successive halving for several objectives, pure: tune.py makes a Ray Tune scheduler of it.
+"""Asynchronous successive halving for several objectives, pure: scheduler.py makes a Ray Tune scheduler of it.
 
 ASHA (Li et al., arXiv 1810.05934) with promotion by Pareto rank as in multi-objective ASHA (Schmucker et al., arXiv
 2106.12639). Ray's own schedulers know one metric. Trials stop at each rung; of the n that have reached it, the best

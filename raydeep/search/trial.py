@@ -15,7 +15,7 @@ import numpy as np
 
 from raydeep.config import Job
 from raydeep.run import read_json, write_bytes, write_json
-from raydeep.search.engine import Work
+from raydeep.search.work import Work, label
 
 if TYPE_CHECKING:
     from raydeep.compress.common import Common
@@ -29,7 +29,7 @@ KEPT = 4  # rungs of a population's member, for others to copy
 
 def trial_folder(run: Path, trial: int | str) -> Path:
     """Where a trial, by its number or label, leaves its packed file, predictions and what it goes on from."""
-    return run / "trials" / (trial if isinstance(trial, str) else f"t{trial:03d}")
+    return run / "trials" / (trial if isinstance(trial, str) else label(trial))
 
 
 def save_predictions(folder: Path, name: str = "predictions", **splits: np.ndarray) -> None:
@@ -87,17 +87,16 @@ class Bench:
         """
         self.job, self.run, self.data, self.common, self.device = job, run, data, common, device
         self.dense = dense
+        self.predicted: dict[str, np.ndarray] = {}  # of this piece of work: hash of a packed file → classes
         self.keeps = True  # not on the further workers of a trial that has several
 
     def do(self, work: Work) -> dict[str, Any]:
         """Work a rung through; an error is a result too: the process lives on."""
         start, cpu = time.perf_counter(), time.process_time()
+        self.predicted.clear()
         try:
-            found = {
-                "status": "done",
-                "error": None,
-                **(self._train(work) if self.job.search.trains else self._compress(work)),
-            }
+            measured = self._train(work) if self.job.search.trains else self._compress(work)
+            found = {"status": "done", "error": None, **measured}
         except Exception:  # whatever one trial does, the search goes on; the traceback is in the ledger
             found = {"status": "failed", "error": traceback.format_exc(limit=8)}
         return {**found, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
@@ -239,9 +238,13 @@ class Bench:
         return folder
 
     def _predict(self, packed: bytes) -> np.ndarray:
+        """Classes of the validation split; of the same file only once."""
         from raydeep.compress import plan
 
-        return plan.score(packed, self.data, self.data.val, self.job.train.eval_batch_size)
+        name = hashlib.sha256(packed).hexdigest()
+        if name not in self.predicted:
+            self.predicted[name] = plan.score(packed, self.data, self.data.val, self.job.train.eval_batch_size)
+        return self.predicted[name]
 
     def _keep(self, work: Work, made: Made) -> dict[str, Any]:
         """Measure the packed model; write it and what it predicts under the rung's number (see `settle`)."""

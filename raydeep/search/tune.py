@@ -1,24 +1,23 @@
-"""The search on Ray Tune: trials on reused actors, a scheduler and a searcher that ask one engine."""
+"""The search on Ray Tune: trials on reused actors, or on several workers each."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
-from ray.tune.experiment import Trial
-from ray.tune.schedulers import TrialScheduler
-from ray.tune.search import Searcher
 
 from raydeep.config import Job
 from raydeep.run import read_json, usable_cores, write_json
-from raydeep.search.engine import Engine, Work
-from raydeep.search.ledger import Ledger
+from raydeep.search.engine import Engine
+from raydeep.search.scheduler import LIVES, START_S, ParetoHalving, Proposer
 from raydeep.search.trial import Bench, limit_memory, trial_folder
+from raydeep.search.work import Work, label
 
 if TYPE_CHECKING:
     from raydeep.compress.common import Common
@@ -26,133 +25,6 @@ if TYPE_CHECKING:
 
 LOOK_S = 5.0  # between looks at how large a cluster is
 DRIVER_CPUS = 0.1  # of a trial that is itself the driver of workers
-START_S = 30.0  # most that a process may take to start while others wait for it
-GRACE_S = (0.25, 1.0)  # a trial that waits longer gets a new process: for new processes to know, and for others
-LIVES = 3  # processes that a trial may lose, less one
-
-
-class ParetoHalving(TrialScheduler):
-    """Multi-objective asynchronous successive halving (rungs.py): a trial that came through a rung waits there.
-
-    It waits without a process and without Tune's checkpoint: what it goes on from lies in its own folder. Ray's own
-    schedulers judge by one metric.
-    """
-
-    def __init__(self, engine: Engine, room: Callable[[], int], file: Path) -> None:
-        """Begin.
-
-        Args:
-            engine: decides and writes down.
-            room: trials that may run at once, as of now.
-            file: where trials read how many of them are starting.
-        """
-        super().__init__()
-        self.engine, self.room = engine, room
-        self.works: dict[str, Work] = {}  # Tune's name of a trial → its last piece of work
-        self.errors: dict[str, str] = {}  # Tune's name of a trial → what its process died of
-        self.waiting: dict[int, Trial] = {}  # number → Tune's trial
-        self.pending: dict[Trial, float] = {}  # Tune's trials without a process → since when
-        self.file, self.told = file, [0, 0]
-
-    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """Tune's metric and mode are of one objective: the engine has its own."""
-        return True
-
-    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Tune has a new trial, or starts one again whose process died."""
-        self.pending[trial] = time.monotonic()
-
-    def _tell_starting(self) -> None:
-        """Say how many trials wait for a process of their own: see TrialActor._let_start."""
-        now = time.monotonic()
-        self.pending = {t: at for t, at in self.pending.items() if t.status == Trial.PENDING}
-        ages = [now - at for at in self.pending.values() if now - at < START_S]
-        told = [sum(age > grace for age in ages) for grace in GRACE_S]
-        if told != self.told:
-            write_json(self.file, told)
-            self.told = told
-
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """A trial came through a rung, or failed."""
-        work = self.works[trial.trial_id]
-        if self.engine.take(work, result, retries=trial.run_metadata.num_failures):
-            return TrialScheduler.STOP
-        self.waiting[work.trial] = trial
-        tune_controller.pause_trial(trial, should_checkpoint=False)
-        return TrialScheduler.NOOP
-
-    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """A process has died; whether for good, the searcher is told."""
-        self.errors[trial.trial_id] = str(trial.get_error() or "no reason is known")
-
-    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        """A trial has ended."""
-
-    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
-        """A trial was taken out while it waited."""
-
-    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """A waiting trial whose turn it is; at the end of the search all that wait are taken out."""
-        self._tell_starting()
-        work = self.engine.peek()
-        if work is None:
-            if not self.engine.running:
-                for _, trial in sorted(self.waiting.items()):
-                    tune_controller.stop_trial(trial)
-                self.waiting.clear()
-            return None
-        if work.trial not in self.waiting or self.engine.running >= self.room():
-            return None
-        trial = self.waiting.pop(work.trial)
-        self.engine.begin(work)
-        self.works[trial.trial_id] = work
-        trial.set_config(work._asdict())
-        self.pending[trial] = time.monotonic()
-        return trial
-
-    def debug_string(self) -> str:
-        """For Tune's status lines."""
-        return f"ParetoHalving: {self.engine.running} run, {len(self.waiting)} wait"
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles its own state of a search, but the ledger is what this one resumes from."""
-        return {}
-
-
-class Proposer(Searcher):
-    """Asks the engine for new trials, and for those that waited when an earlier session of the search was cut off."""
-
-    def __init__(self, scheduler: ParetoHalving) -> None:
-        super().__init__(metric="val_accuracy", mode="max")  # Tune asks for one; the engine has its own objectives
-        self.scheduler, self.engine = scheduler, scheduler.engine
-
-    def suggest(self, trial_id: str) -> Any:
-        """The next trial, None: not now, or FINISHED."""
-        work = self.engine.peek()
-        if work is None:
-            return None if self.engine.running or self.scheduler.waiting else Searcher.FINISHED
-        if work.trial in self.scheduler.waiting or self.engine.running >= self.scheduler.room():
-            return None
-        self.engine.begin(work)
-        self.scheduler.works[trial_id] = work
-        return work._asdict()
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Of trials that ended by themselves the engine knows already; here it hears of the others."""
-        work = self.scheduler.works.get(trial_id)
-        if error and work is not None and work.trial not in self.engine.ledger.rows:
-            told = self.scheduler.errors.get(trial_id, "no reason is known").strip()
-            died = f"{told}\nthe trial's process died {LIVES} times, this is what was last heard of it"
-            self.engine.lose(work, died, retries=LIVES - 1)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: the ledger is what a search resumes from."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing: see save."""
 
 
 class TrialActor(tune.Trainable):
@@ -164,8 +36,11 @@ class TrialActor(tune.Trainable):
         if shared:
             self.shared, self.started = shared, False
             self.job = Job.model_validate(shared["job"])
-            if self.job.search.workers_per_trial == 1 or self.job.search.ladder(1)[0] == 0:
-                self.bench = _bench(shared, self.job, shared["threads"])
+
+    @cached_property
+    def bench(self) -> Bench:
+        """Where this process works; where trials have workers of their own, on rungs without training only."""
+        return _bench(self.shared, self.job, self.shared["threads"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next piece of work."""
@@ -199,14 +74,14 @@ class TrialActor(tune.Trainable):
         """Nothing: see save_checkpoint."""
 
 
-def _bench(shared: Mapping[str, Any], job: Job, threads: int) -> Bench:
+def _bench(shared: dict[str, Any], job: Job, threads: int) -> Bench:
     import torch
 
     torch.set_num_threads(threads)
     device = "cuda" if job.scaling.use_gpu else "cpu"
     data = shared["data"].get()
     limit_memory(job.search.trial_memory_bytes)
-    return Bench(job, Path(shared["run"]), data, shared["common"].receive(data), shared["dense"], device)
+    return Bench(job, Path(shared["run"]), data, shared["common"].receive(data, device), shared["dense"], device)
 
 
 # a trial on several workers
@@ -222,7 +97,7 @@ def _on_workers(work: Work, job: Job, shared: dict[str, Any]) -> dict[str, Any]:
     answer = folder / f"answer-{work.rung}.json"
     answer.unlink(missing_ok=True)
     scaling = job.scaling
-    name = f"t{work.trial:03d}-{work.rung}-{time.time_ns():x}"
+    name = f"{label(work.trial)}-{work.rung}-{time.time_ns():x}"
     trainer = TorchTrainer(
         _work,
         train_loop_config={"work": work._asdict(), "shared": shared, "answer": str(answer)},
@@ -295,45 +170,36 @@ def callbacks(job: Job, run_id: str) -> list[Any]:
 
 
 def run_trials(
-    job: Job,
+    engine: Engine,
     run: Path,
     data: Shared,
     common: Common,
-    dense: dict[str, Any],
-    ledger: Ledger,
     concurrent: int,
-    on_row: Callable[[dict[str, Any]], None] | None = None,
     loggers: list[Any] | None = None,
     actor: type[TrialActor] = TrialActor,
-) -> Engine:
-    """Run the search to its end, from where the ledger is.
+) -> None:
+    """Run a search to its end, from where its ledger is; the engine is finished then, unless it was interrupted.
 
     Args:
-        job: the job.
+        engine: of the search.
         run: run folder; `trials/` is written there.
         data: the dataset, shared.
-        common: what trials share.
-        dense: measures of the dense model: the reference of the hypervolume.
-        ledger: takes every result as it comes.
+        common: what trials share, without the data (`sent`).
         concurrent: trials at once on a Ray of this machine.
-        on_row: called with each new line of the ledger.
         loggers: callbacks of Ray Tune.
         actor: what works on trials.
-
-    Returns:
-        The engine, finished, unless the search was interrupted.
     """
-    engine = Engine(job, ledger, dense, on_row)
     if engine.peek() is None:
         engine.finish()
-        return engine
+        return
+    job = engine.job
     cfg, alone = job.search, job.search.workers_per_trial == 1
     starting = run / "ray" / "starting.json"
     room = room_for(job, concurrent)
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, room()))  # all may start at once; `room` bounds them
     scheduler = ParetoHalving(engine, room, starting)
     trainable = tune.with_parameters(
-        actor, job=job.model_dump(mode="json"), run=str(run), data=data, common=common, dense=dense,
+        actor, job=job.model_dump(mode="json"), run=str(run), data=data, common=common, dense=dict(engine.dense),
         starting=str(starting), threads=max(1, usable_cores() // concurrent) if alone else 1,
     )  # fmt: skip
     gpu = {"gpu": cfg.gpus_per_trial} if job.scaling.use_gpu and alone else {}
@@ -350,4 +216,3 @@ def run_trials(
     tuner.fit()
     if engine.finished:
         engine.finish()
-    return engine
