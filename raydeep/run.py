@@ -118,6 +118,24 @@ def check_sums(folder: Path) -> None:
             raise ModelError(f"{file}: missing or changed since it was written; export the model again")
 
 
+def storage_folder(job: Job) -> Path:
+    """The folder of a job's run folders and datasets, absolute: a relative `storage` lies below RAYDEEP_STORAGE.
+
+    Raises:
+        RaydeepError: it would lie where Ray unpacks a submitted job, which it removes after the job.
+    """
+    path, here = Path(job.storage).expanduser(), Path.cwd()
+    base = os.environ.get("RAYDEEP_STORAGE")
+    if base:
+        path = Path(base).expanduser() / path
+    if not path.is_absolute() and any(part.startswith("_ray_pkg_") for part in here.parts):
+        raise RaydeepError(
+            f"storage {job.storage}: below this job's working directory, which Ray removes after the job; set "
+            f"storage=/FOLDER to one that all nodes share, or RAYDEEP_STORAGE in the environment of the cluster"
+        )
+    return path.resolve()
+
+
 class Run:
     """A run folder. Creating one writes the resolved job and the provenance."""
 
@@ -128,7 +146,7 @@ class Run:
     @classmethod
     def create(cls, job: Job, command: str) -> Run:
         """Make `<storage>/<name>-<id>/`."""
-        storage = Path(job.storage).expanduser().resolve()
+        storage = storage_folder(job)
         run_id = f"{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         path = storage / f"{job.name}-{run_id}"
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -101,13 +102,26 @@ def _join(address: str) -> None:
     import ray
 
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": _workers_env()}
+        )  # fmt: skip
     except Exception as err:  # ConnectionError, AuthenticationError and others: nothing has started yet
         raise ResourceError(
             f"no Ray cluster lets this process in at RAY_ADDRESS {address}: {str(err).splitlines()[0]}; start it, "
             f"unset RAY_ADDRESS to run on this machine, or, if it asks for a token, set RAY_AUTH_MODE=token and "
             f"RAY_AUTH_TOKEN_PATH=FILE"
         ) from None
+
+
+def _workers_env() -> dict[str, str]:
+    """RAY_ENV for the processes of another's cluster, which do not inherit it; what the job was submitted with stays.
+
+    Ray refuses a variable that both name, even with one value.
+    """
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    train = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+    wanted = {**RAY_ENV, **({train: os.environ[train]} if train in os.environ else {})}
+    return {key: value for key, value in wanted.items() if key not in submitted.get("env_vars", {})}
 
 
 def _quiet(log: Path) -> Callable[[], None]:
