@@ -64,8 +64,9 @@ PYTHON
 node() {
     local name=$1
     shift
-    # In a session of its own: Ctrl-C in this terminal is not meant for the cluster.
-    python3 -c 'import os, sys; os.setsid(); os.execvp(sys.argv[1], sys.argv[1:])' \
+    # In a session of its own, as Ctrl-C in this terminal is not meant for the cluster; without the files that the caller
+    # has open: a pipe or a lock would be held for as long as the cluster runs.
+    python3 -c 'import os, sys; os.setsid(); os.closerange(3, 1024); os.execvp(sys.argv[1], sys.argv[1:])' \
         ray start --block --disable-usage-stats "$@" >"$dir/nodes/$name.log" 2>&1 </dev/null &
     echo $! >"$dir/nodes/$name.pid"
 }

@@ -243,6 +243,29 @@ def predict(
 
 
 @app.command()
+def doctor(
+    job: JobFile = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="GCS of the cluster; else RAY_ADDRESS, else this machine")
+    ] = None,
+    as_json: AsJson = False,
+    sets: Sets = None,
+) -> None:
+    """Check a cluster, or this machine, and whether a job would run: each line OK, WARN or FAIL with the mend.
+
+    Exit code: 0, 1 if a check failed, 2 if the job or the address is wrong.
+    """
+    from raydeep.config import load_job, parse_sets
+    from raydeep.ops import doctor
+
+    wanted = load_job(job, sets or []) if job else parse_sets({}, sets) if sets else None
+    report = doctor.run(wanted, address)
+    typer.echo(json.dumps(report.as_json(), indent=2) if as_json else "\n".join(report.lines()))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a job, for editors."""
     from raydeep.config import Job

@@ -75,7 +75,7 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
     on_term = signal.getsignal(signal.SIGTERM)
     try:
         if address:
-            _join(address)
+            join(address)
             there = ray.cluster_resources()
             plan = sizing.plan(
                 int(there.get("CPU", 0)), scaling.min_workers, scaling.cpus_per_worker, search,
@@ -98,7 +98,12 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
         restore()
 
 
-def _join(address: str) -> None:
+def join(address: str) -> None:
+    """Connect to the cluster whose GCS is at an address.
+
+    Raises:
+        ResourceError: it is not there, or lets nobody in who has this process's token or versions.
+    """
     import ray
 
     try:
@@ -106,8 +111,10 @@ def _join(address: str) -> None:
             address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": _workers_env()}
         )  # fmt: skip
     except Exception as err:  # ConnectionError, AuthenticationError and others: nothing has started yet
+        said = str(err).splitlines() or [type(err).__name__]
+        reason = " ".join(" ".join(said).split()) if said[0].startswith("Version mismatch") else said[0]
         raise ResourceError(
-            f"no Ray cluster lets this process in at RAY_ADDRESS {address}: {str(err).splitlines()[0]}; start it, "
+            f"no Ray cluster lets this process in at RAY_ADDRESS {address}: {reason}; start it, "
             f"unset RAY_ADDRESS to run on this machine, or, if it asks for a token, set RAY_AUTH_MODE=token and "
             f"RAY_AUTH_TOKEN_PATH=FILE"
         ) from None
