@@ -266,6 +266,40 @@ def doctor(
 
 
 @app.command()
+def submit(
+    job: JobFile = None,
+    address: Annotated[
+        str | None,
+        typer.Option(envvar="RAY_API_SERVER_ADDRESS", metavar="URL", help="Job server, http://HOST:8265"),
+    ] = None,
+    stage: Annotated[str, typer.Option(metavar="STAGE", help="search, train, compress or doctor")] = "search",
+    sets: Sets = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run folder of the cluster")] = None,
+    start: Annotated[str | None, typer.Option("--from", metavar="RUN", help="As of search; on the cluster")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="Send this file or folder too; Python files go anyway")
+    ] = None,
+    runtime_env: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML with py_executable, env_vars …")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not follow the job")] = False,
+    status: Annotated[str | None, typer.Option(metavar="ID", help="Say how a job is")] = None,
+    logs: Annotated[str | None, typer.Option(metavar="ID", help="Go back to a job: its log, to its end")] = None,
+    stop: Annotated[str | None, typer.Option(metavar="ID", help="Stop a job, after its checkpoint")] = None,
+) -> None:
+    """Run a job on a cluster through its job server; ends with the job's own exit code (130: left running)."""
+    from raydeep.ops import submitting
+
+    options = {"--set": sets or [], "--resume": [resume] if resume else [], "--from": [start] if start else []}
+    asked = {"status": status, "logs": logs, "stop": stop}
+    code = submitting.run(
+        address, job, stage, [part for key, values in options.items() for value in values for part in (key, value)],
+        include or [], runtime_env, detach, {what: job_id for what, job_id in asked.items() if job_id},
+    )  # fmt: skip
+    raise typer.Exit(code)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a job, for editors."""
     from raydeep.config import Job
