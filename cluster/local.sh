@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real Ray cluster on this machine: a head and N worker raylets, each a process tree of its own.
 #
-#   cluster/local.sh up [N]    start a head and N workers (2), print how to use them
+#   cluster/local.sh up [N]    start a head and N workers (2), or those of N that are dead or missing
 #   cluster/local.sh status    what runs
 #   cluster/local.sh down      stop it, and nothing else that runs Ray here
 #
@@ -71,88 +71,110 @@ node() {
     echo $! >"$dir/nodes/$name.pid"
 }
 
-up() {
-    local workers=${1:-2} cores cpus port dash client agents i end seen
-    [[ $workers =~ ^[0-9]+$ ]] || die "up [N]: found $workers, expected a number of workers"
-    # sun_path holds 107 bytes: FOLDER/t/NN/session_2026-11-30_12-02-23_346619_1234567/sockets/plasma_store
-    [ ${#dir} -le 36 ] || die "$dir: sockets need a path of at most 36 characters; set RAYDEEP_CLUSTER_DIR to a shorter one"
-    if running; then die "it runs already (see: cluster/local.sh status); stop it first: cluster/local.sh down"; fi
+own_ports() {
+    local ports
+    read -r -a ports <<<"$(free_ports 4)"
+    echo "--dashboard-agent-listen-port ${ports[0]} --metrics-export-port ${ports[1]} --runtime-env-agent-port ${ports[2]} --dashboard-agent-grpc-port ${ports[3]}"
+}
 
-    umask 077
-    mkdir -p "$dir"
-    [ -O "$dir" ] || die "$dir belongs to another user; set RAYDEEP_CLUSTER_DIR"
-    chmod 700 "$dir" # what jobs print stands in its logs
-    stop
-    rm -rf "$dir/t"
-    mkdir -p "$dir/nodes" "$dir/t"
-    local token=${RAY_AUTH_TOKEN_PATH:-$dir/token}
-    if [ ! -s "$token" ]; then
-        python3 -c 'import secrets; print(secrets.token_hex(32), end="")' >"$token"
-    fi
-    chmod 600 "$token"
-
+settings() {
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=${RAY_AUTH_TOKEN_PATH:-$dir/token}
+    export RAYDEEP_STORAGE=${RAYDEEP_STORAGE:-$dir} RAY_ENABLE_UV_RUN_RUNTIME_ENV=0
+    unset RAY_ADDRESS RAY_API_SERVER_ADDRESS
     cores=$(python3 -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
     # Logical: two a worker even where there are fewer cores, or Ray Data's tasks would find no room beside training.
     cpus=${RAYDEEP_CLUSTER_CPUS:-$((workers * 2 > cores ? 2 : cores / (workers > 0 ? workers : 1)))}
-    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token RAY_ENABLE_UV_RUN_RUNTIME_ENV=0
-    export RAYDEEP_STORAGE=${RAYDEEP_STORAGE:-$dir}
-    unset RAY_ADDRESS RAY_API_SERVER_ADDRESS
-    # Each of N shares one machine's memory: 30% for the object store of each, as Ray takes, would be more than all.
-    local memory=$((512 * 1024 * 1024))
+    # All share one machine's memory: 30% of it for the object store of each, as Ray takes, would be too much.
+    memory=$((512 * 1024 * 1024))
+}
 
-    trap 'echo "local.sh: the cluster did not start; what it said:" >&2; tail -n 5 "$dir"/nodes/*.log >&2; stop; exit 1' ERR INT TERM
-    read -r port dash client agents <<<"$(free_ports $((3 + 4 * (workers + 1))))"
-    # shellcheck disable=SC2206
-    agents=($agents)
-    local own
-    own() { echo "--dashboard-agent-listen-port ${agents[$1]} --metrics-export-port ${agents[$1 + 1]} --runtime-env-agent-port ${agents[$1 + 2]} --dashboard-agent-grpc-port ${agents[$1 + 3]}"; }
+start_head() {
+    umask 077 # what jobs print stands in the logs
+    mkdir -p "$dir"
+    [ -O "$dir" ] || die "$dir belongs to another user; set RAYDEEP_CLUSTER_DIR"
+    chmod 700 "$dir"
+    stop
+    rm -rf "$dir/t"
+    mkdir -p "$dir/nodes" "$dir/t"
+    if [ ! -s "$RAY_AUTH_TOKEN_PATH" ]; then
+        python3 -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH"
+    fi
+    chmod 600 "$RAY_AUTH_TOKEN_PATH"
+
+    local port dash client end
+    read -r port dash client <<<"$(free_ports 3)"
     # The head works on no trial and trains nothing where there are workers: it runs the drivers.
     # shellcheck disable=SC2046
     node head --head --port "$port" --dashboard-host 127.0.0.1 --dashboard-port "$dash" --temp-dir "$dir/t/0" \
         --ray-client-server-port "$client" --object-store-memory $memory \
-        --num-cpus $((workers > 0 ? 0 : (cores < 4 ? 4 : cores))) $(own 0)
+        --num-cpus $((workers > 0 ? 0 : (cores < 4 ? 4 : cores))) $(own_ports)
     end=$((SECONDS + 90))
     until grep -q -- '--address=' "$dir/nodes/head.log" 2>/dev/null; do
         alive "$dir/nodes/head.pid" && [ $SECONDS -lt $end ] || false
         sleep 0.2
     done
-    local gcs
-    gcs=$(grep -o -- "--address='[^']*'" "$dir/nodes/head.log" | head -n 1 | cut -d "'" -f 2)
-    for ((i = 1; i <= workers; i++)); do
-        # Temporary files of its own: two that start at once in one folder take the same names for their sockets.
-        # shellcheck disable=SC2046
-        node "worker-$i" --address "$gcs" --temp-dir "$dir/t/$i" --num-cpus "$cpus" --object-store-memory $memory \
-            $(own $((4 * i)))
-    done
     cat >"$dir/env" <<ENV
 export RAY_AUTH_MODE=token
-export RAY_AUTH_TOKEN_PATH=$token
+export RAY_AUTH_TOKEN_PATH=$RAY_AUTH_TOKEN_PATH
 export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$dash
-export RAYDEEP_CLUSTER_GCS=$gcs
+export RAYDEEP_CLUSTER_GCS=$(grep -o -- "--address='[^']*'" "$dir/nodes/head.log" | head -n 1 | cut -d "'" -f 2)
 ENV
+}
+
+start_workers() {
+    local i name end seen
+    for ((i = 1; i <= workers; i++)); do
+        name=worker-$i
+        if alive "$dir/nodes/$name.pid"; then continue; fi
+        # Temporary files of its own: two that start at once in one folder take the same names for their sockets.
+        # shellcheck disable=SC2046
+        node "$name" --address "$RAYDEEP_CLUSTER_GCS" --temp-dir "$dir/t/$i" --num-cpus "$cpus" \
+            --object-store-memory $memory $(own_ports)
+    done
     end=$((SECONDS + 120))
-    until seen=$(count "$gcs") && [ "$seen" -eq $((workers + 1)) ]; do
+    until seen=$(count) && [ "$seen" -gt "$workers" ]; do
         for ((i = 1; i <= workers; i++)); do alive "$dir/nodes/worker-$i.pid"; done
         [ $SECONDS -lt $end ] || false
         sleep 0.5
     done
+}
+
+up() {
+    workers=$1
+    [[ $workers =~ ^[0-9]+$ ]] || die "up [N]: found $workers, expected a number of workers"
+    # sun_path holds 107 bytes: FOLDER/t/NN/session_2026-11-30_12-02-23_346619_1234567/sockets/plasma_store
+    [ ${#dir} -le 36 ] || die "$dir: sockets need a path of at most 36 characters; set RAYDEEP_CLUSTER_DIR to a shorter one"
+    settings
+    if alive "$dir/nodes/head.pid" && [ -f "$dir/env" ]; then
+        # shellcheck disable=SC1091
+        . "$dir/env"
+        start_workers || die "a worker did not start; see $dir/nodes"
+        echo "$workers workers run"
+        return
+    fi
+    if running; then die "its head is dead, its workers are not; first: cluster/local.sh down"; fi
+    trap 'echo "local.sh: the cluster did not start; what it said:" >&2; tail -n 5 "$dir"/nodes/*.log >&2; stop; exit 1' ERR INT TERM
+    start_head
+    # shellcheck disable=SC1091
+    . "$dir/env"
+    start_workers
     trap - ERR INT TERM
     cat <<SAY
 A head and $workers workers of $cpus logical CPUs each. Jobs from this machine:
   . $dir/env
   raydeep submit jobs/digits.yaml
   ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- raydeep search jobs/digits.yaml
-Dashboard, from this machine only: http://127.0.0.1:$dash
+Dashboard, from this machine only: $RAY_API_SERVER_ADDRESS
 Runs:  $RAYDEEP_STORAGE/runs, unless a job names another storage
-Token: $token
+Token: $RAY_AUTH_TOKEN_PATH
 Another machine, with raydeep in the same versions and that folder of runs mounted at the same path, joins with:
-  mkdir -p ~/.ray && scp $(id -un)@${gcs%:*}:$token ~/.ray/auth_token && RAY_AUTH_MODE=token RAYDEEP_STORAGE=$RAYDEEP_STORAGE ray start --address=$gcs
+  mkdir -p ~/.ray && scp $(id -un)@${RAYDEEP_CLUSTER_GCS%:*}:$RAY_AUTH_TOKEN_PATH ~/.ray/auth_token && RAY_AUTH_MODE=token RAYDEEP_STORAGE=$RAYDEEP_STORAGE ray start --address=$RAYDEEP_CLUSTER_GCS
 SAY
 }
 
 # Raylets that the GCS counts as alive.
 count() {
-    python3 - "$1" 2>/dev/null <<'PYTHON'
+    python3 - "$RAYDEEP_CLUSTER_GCS" 2>/dev/null <<'PYTHON'
 import sys
 from ray._raylet import GcsClient
 print(sum(node.state == 0 for node in GcsClient(address=sys.argv[1]).get_all_node_info().values()))
