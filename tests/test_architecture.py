@@ -112,6 +112,7 @@ def test_few_modules_import_ray():
         "raydeep/train/worker.py",
         "raydeep/search/scheduler.py",
         "raydeep/search/tune.py",
+        "raydeep/ops/submit.py",
     }
 
 
@@ -147,6 +148,14 @@ def test_every_job_loads(path):
     needs_path = yaml.safe_load(path.read_text()).get("data", {}).get("source") in ("folder", "parquet")
     job = load_job(path, ["data.path=x"] if needs_path else [])
     assert job.name.replace("-", "_") == path.stem
+
+
+def test_the_job_for_gpus_is_one_for_sharded_models_too():
+    path = ROOT / "jobs" / "imagenet_resnet50.yaml"
+    [shown] = re.findall(r"… (--set scaling.strategy=fsdp.*)", path.read_text())
+    sets = ["data.path=x", *(word for word in shlex.split(shown) if word != "--set")]
+    assert load_job(path, sets).scaling.strategy == "fsdp"
+    assert load_job(path, ["data.path=x", "scaling.workers=[4, 8]"]).scaling.elastic
 
 
 # what the pages say
