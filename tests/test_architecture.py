@@ -29,7 +29,7 @@ JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 # A module may import from its own package and from those left of it.
 ORDER = [
     "__init__", "errors", "safeyaml", "fields", "recipe", "sections", "tuning", "config", "run", "data", "model",
-    "train", "compress", "deploy", "search", "report", "ops", "api", "cli",
+    "train", "compress", "deploy", "search", "report", "ops", "api", "cli_cluster", "cli",
 ]  # fmt: skip
 MAX_LINES = 400
 

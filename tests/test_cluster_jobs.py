@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from commands import ray_processes, wait_for
 
@@ -68,13 +69,15 @@ class Cluster:
             command, cwd=cwd, env={**self.env, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
-    def kill_raylet(self, worker: int) -> None:
-        """Kill -9, as a node that loses power: its processes go with it, `ray start` too."""
+    def kill_raylet(self, worker: int) -> list[str]:
+        """Kill -9, as a node that loses power: its processes go with it; names of those that were at work."""
         [pid] = [
             int(entry.name) for entry in Path("/proc").iterdir()
             if entry.name.isdigit() and self._is_raylet(entry, f"{self.home}/t/{worker}/")
         ]  # fmt: skip
+        titles = [" ".join(child.cmdline()) for child in psutil.Process(pid).children()]
         os.kill(pid, signal.SIGKILL)
+        return [title for title in titles if title.startswith("ray::") and "IDLE" not in title]
 
     @staticmethod
     def _is_raylet(entry: Path, mark: str) -> bool:
@@ -186,7 +189,7 @@ def test_ray_job_submit_from_a_clean_shell_loses_a_raylet_and_finishes(cluster: 
 
     wait_for(lambda: len(ended()) >= 2 or process.poll() is not None, 240, "two trials")
     assert process.poll() is None, process.communicate()[0]
-    cluster.kill_raylet(1)
+    assert any("Trainable" in title for title in cluster.kill_raylet(1))
     said, _ = process.communicate(timeout=400)
     assert process.returncode == 0, said
     assert "8 trials finished, 0 failed" in said
@@ -202,7 +205,7 @@ TRAINING = """
 name: own-network
 model: {name: "slow:make"}
 train: {epochs: 12, batch_size: 8, lr: 0.01, checkpoint_steps: 20}
-scaling: {workers: [1, 2], resize_interval_s: 5}
+scaling: {workers: [1, 2], workers_per_node: 1, resize_interval_s: 5}
 export: {latency_rounds: 3}
 """
 
@@ -234,7 +237,7 @@ def test_a_training_outlives_a_raylet_and_lost_connections_and_takes_the_node_ba
             assert process.poll() is None, process.communicate()[0]
 
         until(lambda: saved() and int(saved()[-1].name[5:]) >= 100, 120, "100 steps")
-        cluster.kill_raylet(1)
+        assert any("Worker" in title for title in cluster.kill_raylet(1))
         until(lambda: len(attempts()) == 2, 120, "going on with one worker")
         cluster.local("up", "2")
         until(lambda: len(attempts()) == 3, 120, "going on with two workers")
