@@ -20,7 +20,8 @@ import psutil
 import pytest
 from commands import ray_processes, wait_for
 
-from raydeep.run import read_lines
+from raydeep.data import order, shards, splits
+from raydeep.run import Run, read_json, read_lines
 
 pytestmark = pytest.mark.cluster
 
@@ -218,6 +219,14 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def orders(folder: Path, epochs: int) -> list[str]:
+    """Hashes of the sequences of global batches that a run must have seen, whatever happened to it."""
+    job = Run.open(folder).job
+    manifest = shards.load_manifest(Path(read_json(folder / "provenance.json")["dataset"]["path"]))
+    train, size = splits.read_dataset(manifest, job.data).train, job.train.batch_size
+    return [order.order_hash(train.order(job.seed, epoch, size), size) for epoch in range(epochs)]
+
+
 def test_a_training_outlives_a_raylet_and_lost_connections_and_takes_the_node_back(
     cluster: Cluster, project: Path
 ) -> None:
@@ -247,7 +256,9 @@ def test_a_training_outlives_a_raylet_and_lost_connections_and_takes_the_node_ba
     assert all(row["from_step"] > 0 for row in attempts()[1:])
     folder = cluster.folder("own-network")
     assert folder is not None
-    assert [row["epoch"] for row in read_lines(folder / "metrics.jsonl")] == list(range(1, 13))
+    rows = read_lines(folder / "metrics.jsonl")
+    assert [row["epoch"] for row in rows] == list(range(1, 13))
+    assert [row["order_hash"] for row in rows] == orders(folder, 12)
     for line in ("✓ data", "✓ train", "✓ verify", "exit code 0"):  # once each, whatever the connections did
         assert len(re.findall(line, said)) == 1, said
     assert re.search(r"bundle     2 files, [\d,]+ bytes", said)
