@@ -28,13 +28,13 @@ class Raylets:
     def __init__(self, home: Path, tokens: bool = True) -> None:
         home.mkdir(exist_ok=True)
         self.home, self.address, self.nodes = home, "", 0
-        self.mark = f"RAYLETS_OF={home}"  # in the environment of all that is started
+        self.sessions: set[int] = set()
         auth = {"RAY_AUTH_MODE": "disabled"}
         if tokens:
             (home / "token").write_text(secrets.token_hex(32))
             auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(home / "token")}
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        self.env = {**inherited, **auth, "RAYLETS_OF": str(home), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+        self.env = {**inherited, **auth, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 
     def start(self, *options: str, env: dict[str, str] | None = None, mounts: dict[str, str] | None = None) -> None:
         """One more node, the first is the head.
@@ -91,17 +91,16 @@ class Raylets:
         return done.returncode, done.stdout
 
     def processes(self) -> list[int]:
-        """Living processes of this cluster."""
+        """Living processes of this cluster: each node is a session; Ray's own change their titles and environments."""
         found = []
         for entry in Path("/proc").iterdir():
             try:
-                if entry.name.isdigit() and self.mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-                elif entry.name.isdigit() and f"{self.home}/".encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))  # a process that has changed its title has lost its environment
+                facts = (entry / "stat").read_text().rpartition(")")[2].split() if entry.name.isdigit() else []
             except OSError:
                 continue
-        return [pid for pid in found if pid != os.getpid()]
+            if facts and facts[0] != "Z" and int(facts[3]) in self.sessions:
+                found.append(int(entry.name))
+        return found
 
     def stop(self) -> None:
         for kind, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):

@@ -98,6 +98,8 @@ def _report(facts: dict[str, Any], job: Job | None, reach: Callable[[tuple[Any, 
             found = reach((None if storage.error else path, storage.folder, data))
             for node in facts["nodes"]:
                 told = found.get(node["id"], {})
+                if "error" in told:
+                    told["error"] = f"asked for storage and dataset: {told['error']}"
                 node |= told
                 if "storage" in told:
                     told["storage"]["back"] = told["storage"]["wrote"] and storage.wrote(node["id"])
@@ -250,6 +252,9 @@ def compare(ui: Ui) -> None:
     nodes = [{**node, **told[node["id"]]} for node in nodes]
     here: Node = {"id": "here", "name": "this process", **nodefacts.signature()}
     silent = [node for node in nodes if node.get("error")]
+    lacking = [node for node in silent if "ModuleNotFoundError" in node["error"]]
+    if lacking:
+        _tell([health.alive(lacking)], ui)
     for node in silent:  # it may be busy, or about to leave
         ui.say(f"  WARN nodes: {checks.mask(node['name'] + ': ' + node['error'])}; see raydeep doctor")
     heard = [*checks.answered(nodes), here]

@@ -111,7 +111,7 @@ def memory(nodes: list[Node], workers: int = 1, cpus_per_worker: float = 1.0, re
 
     def look(node: Node) -> tuple[Level, str, str] | None:
         free, total = node["memory_free_bytes"], node["memory_bytes"]
-        if free <= (1 - KILL_SHARE) * total:
+        if total - free >= KILL_SHARE * total:
             return (
                 "FAIL", f"{gb(free)} of {gb(total)} free: Ray kills workers from {KILL_SHARE:.0%} in use",
                 "end what fills it, or take a larger node",
@@ -170,7 +170,7 @@ def disk(nodes: list[Node]) -> Check:
     def look(node: Node) -> tuple[Level, str, str] | None:
         free, total, where = node["temp_free_bytes"], node["temp_bytes"], node["temp"]
         mend = "free space there, or start Ray with --temp-dir (RAY_TMPDIR) on a larger disk"
-        if free < (1 - FULL_SHARE) * total:
+        if total - free > FULL_SHARE * total:
             return (
                 "FAIL",
                 f"{where}: {gb(free)} of {gb(total)} free: Ray keeps no objects there from {FULL_SHARE:.0%}",

@@ -182,7 +182,7 @@ def plan_data(job: dict[str, Any], storage: str) -> dict[str, Any]:
     from raydeep.data import shards, splits
 
     cfg = Data.model_validate(job["data"])
-    plan: dict[str, Any] = {"data": job["data"], "shards": None, "resident_bytes": 0, "error": None}
+    plan: dict[str, Any] = {"data": job["data"], "shards": None, "resident_bytes": 0, "streamed": False, "error": None}
     try:
         folder = shards.dataset_folder(cfg, Path(storage))
         if (folder / "dataset.json").is_file():
@@ -190,6 +190,8 @@ def plan_data(job: dict[str, Any], storage: str) -> dict[str, Any]:
             manifest = shards.load_manifest(folder)
             if splits.is_resident(manifest, cfg):
                 plan["resident_bytes"] = splits.decoded_bytes(manifest, cfg)
+            else:
+                plan["streamed"] = True
     except (RaydeepError, OSError) as err:
         plan["error"] = told(err)
     return plan

@@ -8,7 +8,7 @@ from typing import Any
 from raydeep.config import Job
 from raydeep.errors import ResourceError
 from raydeep.ops import checks, health
-from raydeep.ops.checks import Check, Node
+from raydeep.ops.checks import SHOWN, Check, Level, Node
 from raydeep.train import sizing
 
 
@@ -43,7 +43,7 @@ def examine(facts: dict[str, Any], job: Job | None) -> list[Check]:
         found += [
             checks.storage(nodes, path, facts.get("storage_error") or ""),
             checks.dataset(nodes, data.get("error")),
-            placement(job, nodes, alone=facts["gcs"] is None),
+            placement(job, nodes, alone=facts["gcs"] is None, streamed=data.get("streamed", False)),
         ]
     if facts["gcs"] is None:
         found.append(checks.own_tokens(nodes[0]["auth"]))
@@ -73,22 +73,37 @@ def cheap(node: Node, storage_error: str, path: str, free_bytes: int | None) -> 
     ]
 
 
-def _workers(node: Node, job: Job, free: bool = False) -> int:
-    """Workers that a node has room for: one never spans two nodes."""
-    cpu, gpu = (node["free_cpu"], node["free_gpu"]) if free else (node["cpu"], node["gpu"])
-    found = math.floor(cpu / job.scaling.cpus_per_worker + 1e-9)
-    if job.scaling.use_gpu:
-        found = min(found, int(gpu))
-    return found if job.scaling.workers_per_node is None else min(found, job.scaling.workers_per_node)
+def _slots(cpu: float, gpu: float, cpus: float, gpus: float) -> int:
+    """How many of so many CPUs and GPUs each have room on one node: none spans two."""
+    found = math.floor(cpu / cpus + 1e-9)
+    return min(found, math.floor(gpu / gpus + 1e-9)) if gpus else found
 
 
-def placement(job: Job, nodes: list[Node], alone: bool = False) -> Check:
+def _workers(job: Job, cpu: float, gpu: float) -> int:
+    """Workers that a node has room for."""
+    scaling = job.scaling
+    found = _slots(cpu, gpu, scaling.cpus_per_worker, float(scaling.use_gpu))
+    return found if scaling.workers_per_node is None else min(found, scaling.workers_per_node)
+
+
+def _trials(job: Job, nodes: list[Node]) -> int:
+    """Trials at once that nodes have room for; the workers of one may stand on several nodes."""
+    search, scaling = job.search, job.scaling
+    if search.workers_per_trial > 1:
+        each = (scaling.cpus_per_worker, float(scaling.use_gpu))
+        return sum(_slots(node["cpu"], node["gpu"], *each) for node in nodes) // search.workers_per_trial
+    each = (search.cpus_per_trial, search.gpus_per_trial if scaling.use_gpu else 0.0)
+    return sum(_slots(node["cpu"], node["gpu"], *each) for node in nodes)
+
+
+def placement(job: Job, nodes: list[Node], alone: bool = False, streamed: bool = False) -> Check:
     """Workers and trials have room, on each node as in sum.
 
     Args:
         job: the job.
         nodes: with `cpu`, `gpu` and, on a cluster, `free_cpu` and `free_gpu`.
-        alone: this machine is all there is.
+        alone: this machine is all there is: its Ray gets CPUs to spare.
+        streamed: tasks decode pictures beside the workers.
     """
     scaling, search = job.scaling, job.search
     cpu, gpu = sum(node["cpu"] for node in nodes), sum(node["gpu"] for node in nodes)
@@ -100,48 +115,55 @@ def placement(job: Job, nodes: list[Node], alone: bool = False) -> Check:
     except ResourceError as err:
         found, _, mend = str(err).partition("; ")
         return Check("placement", "FAIL", found, mend)
-    each = f"{checks.count(scaling.cpus_per_worker, 'CPU')}" + (" and a GPU" if scaling.use_gpu else "")
+    each = checks.count(scaling.cpus_per_worker, "CPU") + (" and a GPU" if scaling.use_gpu else "")
     asked = f"{scaling.min_workers} to {scaling.max_workers}" if scaling.elastic else f"{scaling.min_workers}"
-    room = {node["name"]: _workers(node, job) for node in nodes}
+    room = {node["name"]: _workers(job, node["cpu"], node["gpu"]) for node in nodes}
     fits = sum(room.values())
     most = f", at most {scaling.workers_per_node} a node" if scaling.workers_per_node else ""
-    where = ", ".join(f"{name} {count}" for name, count in list(room.items())[:8])
-    problems = []
+    where = ", ".join(f"{name} {many}" for name, many in list(room.items())[:SHOWN]) + (
+        ", …" if len(room) > SHOWN else ""
+    )
+    wanted = f"scaling.workers {asked} of {each}{most}"
+    problems: list[Check] = []
+
+    def tell(level: Level, found: str, mend: str) -> None:
+        problems.append(Check("placement", level, found, mend))
+
     if fits < scaling.min_workers:
-        mend = f"lower scaling.workers to {fits} or scaling.cpus_per_worker, raise workers_per_node, or add nodes"
-        return Check("placement", "FAIL", f"scaling.workers {asked} of {each}{most}: room for {fits} ({where})", mend)
-    if fits < scaling.max_workers:
-        mend = f"add nodes, or lower the second of scaling.workers to {fits}"
-        problems.append(Check("placement", "WARN", f"scaling.workers {asked} of {each}{most}: room for {fits}", mend))
+        tell(
+            "FAIL",
+            f"{wanted}: room for {fits} ({where})",
+            "lower scaling.workers or cpus_per_worker, raise scaling.workers_per_node, or add nodes",
+        )
+    elif fits < scaling.max_workers:
+        tell("WARN", f"{wanted}: room for {fits} ({where})", f"add nodes, or lower the second of them to {fits}")
+    elif streamed and not alone and cpu - scaling.min_workers * scaling.cpus_per_worker < 1:
+        tell(
+            "FAIL",
+            f"{wanted} leave no CPU to the tasks that decode pictures",
+            "lower scaling.workers or cpus_per_worker, add a node, or set data.cache resident",
+        )
     trials = _trials(job, nodes)
     if trials < 1:
-        took = (
-            f"{search.workers_per_trial} workers" if search.workers_per_trial > 1 else f"{search.cpus_per_trial:g} CPUs"
+        what = (
+            checks.count(search.workers_per_trial, "worker")
+            if search.workers_per_trial > 1
+            else checks.count(search.cpus_per_trial, "CPU")
         )
-        mend = "lower search.cpus_per_trial, gpus_per_trial or workers_per_trial, or take larger nodes"
-        return Check("placement", "FAIL", f"no node has room for a trial of {took}", mend)
-    if search.concurrent is not None and trials < search.concurrent:
-        mend = f"lower search.concurrent to {trials}, or take larger nodes"
-        problems.append(
-            Check("placement", "WARN", f"search.concurrent {search.concurrent}: nodes have room for {trials}", mend)
+        tell(
+            "FAIL",
+            f"no node has room for a trial of {what}",
+            "lower search.cpus_per_trial, gpus_per_trial or workers_per_trial, or take larger nodes",
         )
-    free = sum(_workers(node, job, free=True) for node in nodes if node.get("free_cpu") is not None)
-    if not alone and free < scaling.min_workers:
-        mend = "wait for the other job, or stop it: ray status shows what is taken"
-        problems.append(Check("placement", "WARN", f"{free} of {asked} workers fit beside what runs now", mend))
+    elif search.concurrent is not None and trials < search.concurrent:
+        tell("WARN", f"search.concurrent {search.concurrent}: room for {trials}", f"lower it to {trials}")
+    free = sum(_workers(job, node["free_cpu"], node["free_gpu"]) for node in nodes) if not alone else fits
+    if free < scaling.min_workers <= fits:
+        tell(
+            "WARN",
+            f"{wanted}: room for {free} beside what runs now",
+            "wait for the other job, or stop it (ray status shows what is taken)",
+        )
     at_once = min(trials, plan.concurrent_trials)
     ok = f"{asked} workers of {each}{most}: room for {fits} ({where}); {at_once} trials at once"
     return checks.worst("placement", problems, ok)
-
-
-def _trials(job: Job, nodes: list[Node]) -> int:
-    """Trials at once that nodes have room for."""
-    search, scaling = job.search, job.scaling
-    alone = search.model_copy(update={"concurrent": None})
-    if search.workers_per_trial > 1:  # its workers may stand on several nodes
-        one = search.model_copy(
-            update={"concurrent": None, "workers_per_trial": 1, "cpus_per_trial": scaling.cpus_per_worker}
-        )
-        one = one.model_copy(update={"gpus_per_trial": 1.0})
-        return sum(one.room(n["cpu"], n["gpu"], 0, scaling.use_gpu) for n in nodes) // search.workers_per_trial
-    return sum(alone.room(node["cpu"], node["gpu"], scaling.cpus_per_worker, scaling.use_gpu) for node in nodes)
