@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ RAY_ENV = {
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "MALLOC_TRIM_THRESHOLD_": "2000000000",
 }
+KNOCK_S = 10.0  # for a GCS to take a connection
 NOISY = ("ray", "ray.data", "ray.train", "ray.tune", "ray.tune.tuner", "optuna")
 
 
@@ -106,7 +108,10 @@ def join(address: str) -> None:
     """
     import ray
 
+    host, _, port = address.rpartition(":")
     try:
+        if host and port.isdigit():  # Ray itself would try for ten minutes
+            socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
         ray.init(
             address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": _workers_env()}
         )  # fmt: skip
