@@ -751,3 +751,11 @@ def test_a_cluster_of_other_versions_stops_a_training(monkeypatch):
     told["c" * 8] = {"error": "ModuleNotFoundError: No module named 'raydeep'"}
     with pytest.raises(RaydeepError, match=r"nodes: two: ModuleNotFoundError.*install raydeep there"):
         doctor.compare(ui)
+
+
+def test_what_a_node_raised_is_one_line():
+    told = (
+        "The remote function failed to import on the worker.\nTraceback ...\nModuleNotFoundError: No module named 'x'\n"
+    )
+    assert doctor._short(RuntimeError(told)) == "ModuleNotFoundError: No module named 'x'"
+    assert doctor._short(ValueError("a\n  b " + "c" * 999)) == "ValueError: a b " + "c" * 296

@@ -75,8 +75,7 @@ def run(job: Job | None, address: str | None = None) -> Report:
     if "://" in address:
         raise RaydeepError(
             f"{checks.mask(address)}: expected HOST:PORT of a cluster's GCS: raydeep doctor asks from inside the "
-            f"cluster. Run it on the head node, or send it there as raydeep submit does with jobs: "
-            f"ray job submit -- raydeep doctor JOB"
+            f"cluster. Run it on the head node, or send it there: raydeep submit JOB --stage doctor"
         )
     with _joined(address) as differs:
         if differs:
@@ -202,10 +201,14 @@ def _ask(
         try:
             found[refs[ref]] = ray.get(ref)
         except Exception as err:  # RayTaskError wraps what was raised there, other kinds are Ray's own
-            cause = getattr(err, "cause", None) or err
-            text = " ".join(str(cause).split())
-            found[refs[ref]] = {"error": f"{type(cause).__name__}: {text[:300]}"}
+            found[refs[ref]] = {"error": _short(getattr(err, "cause", None) or err)}
     return found
+
+
+def _short(err: BaseException) -> str:
+    """An error on a node in one line; of a module that is missing there Ray tells on many."""
+    missing = re.search(r"(?:ModuleNotFoundError|ImportError): [^\n]+", str(err))
+    return missing[0] if missing else f"{type(err).__name__}: {' '.join(str(err).split())[:300]}"
 
 
 def _gcs_open(address: str) -> bool | None:
