@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from raydeep import __version__
+from raydeep import __version__, mirror
 from raydeep.errors import RaydeepError
 
 app = typer.Typer(
@@ -22,11 +22,14 @@ app = typer.Typer(
 
 JobFile = Annotated[Path | None, typer.Argument(help="Job file (YAML); see jobs/")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: section.key=value")]
-Resume = Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run folder")]
+Resume = Annotated[Path | None, typer.Option(metavar="RUN", parser=mirror.place, help="Go on with a run folder")]
 Force = Annotated[bool, typer.Option("--force", help="With --resume: go on with a job that differs from the run's")]
 Download = Annotated[bool, typer.Option("--download", help="Let torchvision fetch the dataset if it is not there")]
 From = Annotated[
-    Path | None, typer.Option("--from", metavar="RUN", help="Start from the dense model of this run or model folder")
+    Path | None,
+    typer.Option(
+        "--from", metavar="RUN", parser=mirror.place, help="Start from the dense model of this run or model folder"
+    ),
 ]
 
 
@@ -201,7 +204,7 @@ def preview(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder of a search")],
+    run: Annotated[Path, typer.Argument(parser=mirror.place, help="Run folder of a search")],
     trial: Annotated[int, typer.Option(min=0, help="Number of the trial (see ledger.jsonl or the report)")],
 ) -> None:
     """Export one trial of a search as a verified model folder."""
@@ -213,22 +216,27 @@ def export(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Run folder")]) -> None:
+def report(run: Annotated[Path, typer.Argument(parser=mirror.place, help="Run folder")]) -> None:
     """Write report.html anew, from the run folder alone."""
     from raydeep.report.page import write_report
+    from raydeep.run import fetch_light
 
-    typer.echo(write_report(run.resolve()))
+    fetch_light(run.resolve())
+    page = write_report(run.resolve())
+    mirror.push(page)
+    typer.echo(page)
 
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="Model folder, for instance RUN/models/t012")],
+    model: Annotated[Path, typer.Argument(parser=mirror.place, help="Model folder, for instance RUN/models/t012")],
     images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line")] = False,
 ) -> None:
     """Label pictures with an exported model."""
     from raydeep.deploy.predict import predict as label
 
+    mirror.pull(model)
     bad = 0
     for row in label(model, images):
         bad += row.error is not None

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from raydeep import __version__
+from raydeep import __version__, mirror
 from raydeep.config import Job, differing, load_job
 from raydeep.errors import JobError, ModelError, RaydeepError
 
@@ -75,15 +75,19 @@ def append_line(path: Path, *values: Any) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole JSON lines of a file; a line torn by a kill is left out."""
+    return parse_lines(path.read_bytes()) if path.exists() else []
+
+
+def parse_lines(data: bytes) -> list[dict[str, Any]]:
+    """The whole JSON lines of what a file holds."""
     rows = []
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
+    for line in data.decode(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 
@@ -118,6 +122,14 @@ def check_sums(folder: Path) -> None:
             raise ModelError(f"{file}: missing or changed since it was written; export the model again")
 
 
+HEAVY = {"checkpoints", "models", "ray", "trials", "workers"}
+
+
+def fetch_light(path: Path) -> None:
+    """What a run in a bucket is opened by: all but checkpoints, trials and the models that came of them."""
+    mirror.pull(path, lambda name: name.split("/")[0] not in HEAVY or name.split("/")[1:2] == ["dense"])
+
+
 class Run:
     """A run folder. Creating one writes the resolved job and the provenance."""
 
@@ -128,7 +140,7 @@ class Run:
     @classmethod
     def create(cls, job: Job, command: str) -> Run:
         """Make `<storage>/<name>-<id>/`."""
-        storage = Path(job.storage).expanduser().resolve()
+        storage = mirror.place(job.storage).expanduser().resolve()
         run_id = f"{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         path = storage / f"{job.name}-{run_id}"
         try:
@@ -138,18 +150,21 @@ class Run:
         run = cls(path, job)
         run._write_job()
         write_json(path / "provenance.json", {"id": path.name, "command": command, **provenance(job.seed)})
+        mirror.push(path / "provenance.json")
         return run
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """Open an existing run folder.
+        """Open an existing run folder, or its address.
 
         Raises:
             RaydeepError: if the folder is no run.
         """
-        path = Path(path).expanduser().resolve()
+        path = mirror.place(path, "RUN").expanduser().resolve()
+        fetch_light(path)
         if not (path / "job.yaml").is_file():
-            raise RaydeepError(f"{path}: not a run folder (no job.yaml); give the folder that a command printed")
+            name = mirror.name(path)
+            raise RaydeepError(f"{name}: not a run folder (no job.yaml); give the folder that a command printed")
         return cls(path, load_job(path / "job.yaml"))
 
     def take(self, job: Job, force: bool = False) -> None:
@@ -161,7 +176,7 @@ class Run:
         changed = differing(self.job, job)
         if changed and not force:
             raise JobError(
-                f"{self.path}: began with another job: {'; '.join(changed)}. Go on with its own (--resume RUN alone), "
+                f"{self.name}: began with another job: {'; '.join(changed)}. Go on with its own (--resume RUN alone), "
                 f"start a new run (no --resume), or add --force to go on with the changed job"
             )
         if changed:
@@ -172,6 +187,12 @@ class Run:
     def _write_job(self) -> None:
         text = yaml.safe_dump(self.job.model_dump(mode="json"), sort_keys=False)
         write_bytes(self.path / "job.yaml", text.encode())
+        mirror.push(self.path / "job.yaml")
+
+    @property
+    def name(self) -> str:
+        """For people: the folder, or its address."""
+        return mirror.name(self.path)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -186,10 +207,17 @@ class Run:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RaydeepError(f"{self.path}: another process works on this run; wait for it or stop it") from None
+                raise RaydeepError(f"{self.name}: another process works on this run; wait for it or stop it") from None
             except OSError:
                 pass  # a file system without locks: then people take care
             yield
+
+    def save(self) -> None:
+        """Bring what this process wrote to the bucket, where the run is kept in one; workers and trials do so too."""
+        mirror.push_folder(self.path / "trials" / "dense")
+        for folder in sorted((self.path / "models").glob("[!.]*")):
+            mirror.push_folder(folder, last="SHA256SUMS")
+        mirror.push_folder(self.path, only=lambda name: name.split("/")[0] not in HEAVY)
 
     def model(self, label: str) -> Path:
         """Folder of one model."""
@@ -199,6 +227,7 @@ class Run:
         """Add facts to provenance.json."""
         file = self.path / "provenance.json"
         write_json(file, {**read_json(file), **facts})
+        mirror.push(file)
 
 
 def provenance(seed: int) -> dict[str, Any]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from raydeep import mirror, remote
 from raydeep.data import decode, sharding, sources
+from raydeep.data.files import Files
 from raydeep.errors import DataError
 from raydeep.run import read_json, sha256_file
 
@@ -151,6 +154,10 @@ def dataset_folder(cfg: Data, storage: Path) -> Path:
     """Where the shards of a job's source stand: its own path if that is a dataset, else a folder in storage."""
     if cfg.path and "://" not in cfg.path and (Path(cfg.path).expanduser() / "dataset.json").is_file():
         return Path(cfg.path).expanduser().resolve()
+    if cfg.path and cfg.path.split("://")[0].lower() in remote.SCHEMES:
+        with suppress(OSError):
+            Files(cfg.path).read("dataset.json")
+            return mirror.place(cfg.path, "data.path")
     later = LATER - {"image_size"} if cfg.source == "synthetic" else LATER | {"rows", "classes"}
     facts = [sharding.SCHEMA_VERSION, cfg.model_dump(exclude=later), sources.fingerprint(cfg)]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
@@ -167,9 +174,12 @@ def prepare(cfg: Data, storage: Path, progress: Progress | None = None, run: Run
         run: what runs the tasks of sharding.
     """
     out = dataset_folder(cfg, storage)
-    if not (out / "dataset.json").is_file():
-        return write_dataset(cfg, out, progress, run, made_elsewhere=True)
-    return load_manifest(out, check_hashes=True)
+    if mirror.exists(out / "dataset.json"):
+        mirror.pull(out, exact=True)
+        return load_manifest(out, check_hashes=True)
+    manifest = write_dataset(cfg, out, progress, run, made_elsewhere=True)
+    mirror.push_folder(out, last="dataset.json")
+    return manifest
 
 
 def write_dataset(
