@@ -5,6 +5,7 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME.json lie
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -20,6 +21,8 @@ def number(value: float) -> str:
 
 def table(whole: dict[str, Any]) -> str:
     """One saved result as Markdown: a row a measurement, then where it comes from."""
+    if all("columns" in row for row in whole["results"]):
+        return "\n".join([*wide(whole["results"]), "", origin(whole)])
     faults = all("happened" in row for row in whole["results"])
     lines = ["| measured | value | unit | ± | n | target |", "| --- | ---: | --- | ---: | ---: | --- |"]
     if faults:
@@ -32,16 +35,30 @@ def table(whole: dict[str, Any]) -> str:
         met = f"{row['target']}: {'met' if row['met'] else '**missed**'}" if "target" in row else ""
         value = number(row["value"])
         lines.append(f"| {row['name']} | {value} | {row['unit']} | {spread} | {row.get('n', '')} | {met} |")
-    origin = whole["provenance"]
-    hardware, versions = origin["hardware"], origin["versions"]
+    return "\n".join([*lines, "", origin(whole)])
+
+
+def wide(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows that name their own columns: a table for each part, under its name."""
+    lines: list[str] = []
+    for part, group in itertools.groupby(rows, key=lambda row: row["part"]):
+        found = list(group)
+        heads = list(dict.fromkeys(head for row in found for head in row["columns"]))
+        lines += ["", f"*{part}*", "", f"| | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
+        lines += [f"| {row['name']} | {' | '.join(row['columns'].get(head, '') for head in heads)} |" for row in found]
+    return lines
+
+
+def origin(whole: dict[str, Any]) -> str:
+    """Where a result comes from."""
+    told = whole["provenance"]
+    hardware, versions = told["hardware"], told["versions"]
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "torchvision", "kornia", "ray", "pyarrow"))
-    lines += [
-        "",
+    return (
         f"{hardware['cores']} cores of {hardware['cpu']}, {', '.join(hardware['gpus']) or 'no GPU'}; raydeep "
-        f"{origin['raydeep']}, Python {versions['python']}, {packages}; {origin['created'][:10]}"
-        f"{'; quick' if origin['quick'] else ''}.",
-    ]
-    return "\n".join(lines)
+        f"{told['raydeep']}, Python {versions['python']}, {packages}; {told['created'][:10]}"
+        f"{'; quick' if told['quick'] else ''}."
+    )
 
 
 def main() -> None:

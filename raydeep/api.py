@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from raydeep import mirror
 from raydeep.config import Job
 from raydeep.errors import DataError, ModelError, RaydeepError, StorageError
-from raydeep.ops import datasets, front, searching
+from raydeep.ops import datasets, doctor, front, searching
 from raydeep.ops.console import Ui
 from raydeep.run import Run, read_json, write_json
 from raydeep.tuning import Target
@@ -44,6 +45,7 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: 
     from raydeep.search import track
     from raydeep.train import cluster
 
+    doctor.preflight(job, ui)
     manifest = datasets.prepare(job, ui)
     spec = artifact.make_spec(
         job.model.name, job.model.args, manifest.classes, manifest.shape(job.data), manifest.mean, manifest.std
@@ -69,6 +71,8 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: 
     with ui.stage("ray") as stage:
         try:
             plan = stack.enter_context(cluster.cluster(job, run.path / "ray.log"))
+            if os.environ.get("RAY_ADDRESS"):
+                doctor.compare(ui)
         except RaydeepError:
             if fresh:  # nothing has been done yet: nothing is left
                 mirror.drop(run.path)

@@ -12,7 +12,8 @@ from typing import Annotated
 
 import typer
 
-from raydeep import __version__, mirror
+from raydeep import __version__, cli_cluster, mirror
+from raydeep.cli_cluster import AsJson, JobFile, Sets
 from raydeep.errors import RaydeepError
 
 app = typer.Typer(
@@ -20,8 +21,6 @@ app = typer.Typer(
     help="Scarce data, scarce compute: augment, train, compress and search image classifiers, from one job file.",
 )  # fmt: skip
 
-JobFile = Annotated[Path | None, typer.Argument(help="Job file (YAML); see jobs/")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: section.key=value")]
 Resume = Annotated[Path | None, typer.Option(metavar="RUN", parser=mirror.place, help="Go on with a run folder")]
 Force = Annotated[bool, typer.Option("--force", help="With --resume: go on with a job that differs from the run's")]
 Download = Annotated[bool, typer.Option("--download", help="Let torchvision fetch the dataset if it is not there")]
@@ -155,7 +154,6 @@ def shard(
 data_app = typer.Typer(no_args_is_help=True, help="Look into a dataset, or check that it is whole.")
 app.add_typer(data_app, name="data")
 Folder = Annotated[Path, typer.Argument(help="Dataset folder, with dataset.json")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object")]
 
 
 @data_app.command()
@@ -248,6 +246,10 @@ def predict(
             typer.echo(f"{row.path}\t{row.label}\t{row.probability:.4f}")
     if bad:
         raise RaydeepError(f"{bad} of the pictures can't be read; the others are labelled")
+
+
+app.command()(cli_cluster.doctor)
+app.command()(cli_cluster.submit)
 
 
 @app.command()

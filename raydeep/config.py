@@ -188,15 +188,11 @@ def differing(before: Job, after: Job) -> list[str]:
     return found
 
 
-def load_job(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Job:
-    """Load and check a job file.
-
-    Args:
-        path: the YAML file.
-        overrides: `section.key=value` strings; the value is read as YAML.
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds; an empty file holds an empty one.
 
     Raises:
-        JobError: naming file, key, what was found, what was expected and the nearest valid key.
+        JobError: naming the file and what is wrong with it.
     """
     path = Path(path)
     try:
@@ -212,8 +208,21 @@ def load_job(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> J
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        raise JobError(f"{path}: expected sections (data:, train:, …), found {type(tree).__name__}")
-    return parse_sets(tree, overrides, str(path))
+        raise JobError(f"{path}: expected KEY: VALUE lines, found {type(tree).__name__}")
+    return tree
+
+
+def load_job(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Job:
+    """Load and check a job file.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value` strings; the value is read as YAML.
+
+    Raises:
+        JobError: naming file, key, what was found, what was expected and the nearest valid key.
+    """
+    return parse_sets(read_yaml(path), overrides, str(path))
 
 
 def parse_sets(tree: dict[str, Any], overrides: list[str] | tuple[str, ...], where: str = "--set") -> Job:

@@ -130,6 +130,26 @@ def fetch_light(path: Path) -> None:
     mirror.pull(path, lambda name: name.split("/")[0] not in HEAVY or name.split("/")[1:2] == ["dense"])
 
 
+def storage_folder(job: Job) -> Path:
+    """The folder of a job's run folders and datasets, absolute: a relative `storage` lies below RAYDEEP_STORAGE.
+
+    Of a bucket it is the folder that stands for it on this node (mirror.py).
+
+    Raises:
+        RaydeepError: it would lie where Ray unpacks a submitted job, which it removes after the job.
+    """
+    path, here = mirror.place(job.storage).expanduser(), Path.cwd()
+    base = os.environ.get("RAYDEEP_STORAGE")
+    if base:
+        path = mirror.place(base, "RAYDEEP_STORAGE").expanduser() / path
+    if not path.is_absolute() and any(part.startswith("_ray_pkg_") for part in here.parts):
+        raise RaydeepError(
+            f"storage {job.storage}: below this job's working directory, which Ray removes after the job; set "
+            f"storage=/FOLDER to one that all nodes share, or RAYDEEP_STORAGE in the environment of the cluster"
+        )
+    return path.resolve()
+
+
 class Run:
     """A run folder. Creating one writes the resolved job and the provenance."""
 
@@ -140,7 +160,7 @@ class Run:
     @classmethod
     def create(cls, job: Job, command: str) -> Run:
         """Make `<storage>/<name>-<id>/`."""
-        storage = mirror.place(job.storage).expanduser().resolve()
+        storage = storage_folder(job)
         run_id = f"{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         path = storage / f"{job.name}-{run_id}"
         try:

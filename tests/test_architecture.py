@@ -29,7 +29,7 @@ JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 # A module may import from its own package and from those left of it.
 ORDER = [
     "__init__", "errors", "remote", "safeyaml", "fields", "recipe", "sections", "tuning", "config", "mirror", "run",
-    "data", "model", "train", "compress", "deploy", "search", "report", "ops", "api", "cli",
+    "data", "model", "train", "compress", "deploy", "search", "report", "ops", "api", "cli_cluster", "cli",
 ]  # fmt: skip
 MAX_LINES = 400
 
@@ -101,16 +101,18 @@ def test_packages_that_keep_apart(folder, other, allowed):
     assert {module for module in found if package(module) == other} <= allowed
 
 
-def test_seven_modules_import_ray():
+def test_few_modules_import_ray():
     users = {name(path) for path in MODULES if any(module.split(".")[0] == "ray" for _, module in imports(path))}
     assert users == {
         "raydeep/data/stream.py",
+        "raydeep/ops/doctor.py",
         "raydeep/train/backend.py",
         "raydeep/train/cluster.py",
         "raydeep/train/launch.py",
         "raydeep/train/worker.py",
         "raydeep/search/scheduler.py",
         "raydeep/search/tune.py",
+        "raydeep/ops/submit.py",
     }
 
 
@@ -146,6 +148,14 @@ def test_every_job_loads(path):
     needs_path = yaml.safe_load(path.read_text()).get("data", {}).get("source") in ("folder", "parquet")
     job = load_job(path, ["data.path=x"] if needs_path else [])
     assert job.name.replace("-", "_") == path.stem
+
+
+def test_the_job_for_gpus_is_one_for_sharded_models_too():
+    path = ROOT / "jobs" / "imagenet_resnet50.yaml"
+    [shown] = re.findall(r"… (--set scaling.strategy=fsdp.*)", path.read_text())
+    sets = ["data.path=x", *(word for word in shlex.split(shown) if word != "--set")]
+    assert load_job(path, sets).scaling.strategy == "fsdp"
+    assert load_job(path, ["data.path=x", "scaling.workers=[4, 8]"]).scaling.elastic
 
 
 # what the pages say

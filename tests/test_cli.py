@@ -20,7 +20,9 @@ from raydeep.data.guess import source_of
 from raydeep.errors import JobError
 from raydeep.run import Run
 
-COMMANDS = ("train", "compress", "search", "shard", "export", "report", "predict", "preview", "data", "schema")
+COMMANDS = (
+    "train", "compress", "search", "shard", "export", "report", "predict", "preview", "data", "schema", "doctor",
+)  # fmt: skip
 
 
 class Said(NamedTuple):

@@ -1,4 +1,7 @@
-"""Faults on a real Ray: each ends in its stated outcome (benchmarks/faults.py makes a table of the same)."""
+"""Faults on a real Ray: each ends in its stated outcome (benchmarks/faults.py makes a table of the same).
+
+That a node is lost and comes back is in test_cluster_jobs.py.
+"""
 
 from __future__ import annotations
 
@@ -54,14 +57,6 @@ def test_a_full_disk_is_one_error_and_spares_the_last_checkpoint(home: Path, who
     if not can_mount(home / "can-mount"):
         pytest.skip("a small tmpfs can't be mounted here (it needs root)")
     assert faults.disk_full(home, whole).weights == "bit-identical"
-
-
-def test_a_lost_node_is_gone_on_without_and_taken_back(home: Path) -> None:
-    longer = faults.undisturbed(home, "longer", *faults.LONGER)
-    lost, back = faults.node_lost(home, longer)
-    assert "losses of epochs within" in lost.weights
-    assert lost.again < 60
-    assert back.again <= 2
 
 
 def test_a_terminated_worker_loses_nothing(home: Path, whole: faults.Training) -> None:

@@ -227,8 +227,8 @@ def bomb(width: int) -> str:
         ("name: [unclosed", "line 1: not valid YAML: expected ',' or ']'"),
         ("name: a\n---\nname: b", "line 2: not valid YAML: but found another document"),
         ("? [a]\n: 1", "line 1: a key must be plain text"),
-        ("- train\n- data", "expected sections (data:, train:, …), found list"),
-        ("hello", "expected sections (data:, train:, …), found str"),
+        ("- train\n- data", "expected KEY: VALUE lines, found list"),
+        ("hello", "expected KEY: VALUE lines, found str"),
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else None,
 )

@@ -14,7 +14,7 @@ from raydeep import mirror
 from raydeep.config import Job
 from raydeep.errors import DataError
 from raydeep.ops.console import Stage, Ui
-from raydeep.run import Run, memory_bytes, read_lines, usable_cores
+from raydeep.run import Run, memory_bytes, read_lines, storage_folder, usable_cores
 
 if TYPE_CHECKING:
     from raydeep.data import sharding
@@ -44,7 +44,7 @@ def prepare(job: Job, ui: Ui) -> Manifest:
     from raydeep.data import shards, splits
 
     with ui.stage("data") as stage:
-        storage = mirror.place(job.storage).expanduser().resolve()
+        storage = storage_folder(job)
         mirror.check(storage)
         if storage.exists() and not storage.is_dir():
             raise DataError(f"storage: can't make run folders in {storage}: it is a file; set storage=FOLDER")

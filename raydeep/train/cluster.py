@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +35,7 @@ RAY_ENV = {
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "MALLOC_TRIM_THRESHOLD_": "2000000000",
 }
+KNOCK_S = 10.0  # for a GCS to take a connection
 NOISY = ("ray", "ray.data", "ray.train", "ray.tune", "ray.tune.tuner", "optuna")
 
 
@@ -74,7 +77,7 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
     on_term = signal.getsignal(signal.SIGTERM)
     try:
         if address:
-            _join(address)
+            join(address)
             there = ray.cluster_resources()
             plan = sizing.plan(
                 int(there.get("CPU", 0)), scaling.min_workers, scaling.cpus_per_worker, search,
@@ -97,17 +100,40 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
         restore()
 
 
-def _join(address: str) -> None:
+def join(address: str) -> None:
+    """Connect to the cluster whose GCS is at an address.
+
+    Raises:
+        ResourceError: it is not there, or lets nobody in who has this process's token or versions.
+    """
     import ray
 
+    host, _, port = address.rpartition(":")
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        if host and port.isdigit():  # Ray itself would try for ten minutes
+            socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
+        ray.init(
+            address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": _workers_env()}
+        )  # fmt: skip
     except Exception as err:  # ConnectionError, AuthenticationError and others: nothing has started yet
+        said = str(err).splitlines() or [type(err).__name__]
+        reason = " ".join(" ".join(said).split()) if said[0].startswith("Version mismatch") else said[0]
         raise ResourceError(
-            f"no Ray cluster lets this process in at RAY_ADDRESS {address}: {str(err).splitlines()[0]}; start it, "
+            f"no Ray cluster lets this process in at RAY_ADDRESS {address}: {reason}; start it, "
             f"unset RAY_ADDRESS to run on this machine, or, if it asks for a token, set RAY_AUTH_MODE=token and "
             f"RAY_AUTH_TOKEN_PATH=FILE"
         ) from None
+
+
+def _workers_env() -> dict[str, str]:
+    """RAY_ENV for the processes of another's cluster, which do not inherit it; what the job was submitted with stays.
+
+    Ray refuses a variable that both name, even with one value.
+    """
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    train = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+    wanted = {**RAY_ENV, **({train: os.environ[train]} if train in os.environ else {})}
+    return {key: value for key, value in wanted.items() if key not in submitted.get("env_vars", {})}
 
 
 def _quiet(log: Path) -> Callable[[], None]:

@@ -1,0 +1,71 @@
+"""Many Ray nodes on this machine, for scale.py: raylets with logical CPUs, stopped whatever happens."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CPUS = 2  # logical, of a node
+AT_ONCE = 4  # nodes that start together: Ray gives each 30 s, and all of them share this machine's cores
+
+
+def environment(text: str) -> dict[str, str]:
+    """The variables that a file of `export NAME=VALUE` lines sets."""
+    pairs = (line.removeprefix("export ").partition("=") for line in text.splitlines() if line.startswith("export "))
+    return {name: value.strip("\"'") for name, _, value in pairs}
+
+
+@contextmanager
+def raylets(count: int) -> Iterator[float]:
+    """A head and so many workers of CPUS logical CPUs each (cluster/local.sh); yields the seconds that they took.
+
+    Afterwards they are stopped, whatever ends this process: a child waits for the end of a pipe that only it holds.
+    """
+    before = dict(os.environ)
+    home = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))  # short: Ray's sockets have long names
+    env = {k: v for k, v in before.items() if k not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+    env |= {"RAYDEEP_CLUSTER_DIR": str(home), "RAYDEEP_CLUSTER_CPUS": str(CPUS), "RAY_AUTH_TOKEN_PATH": str(_token())}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"  # its ray
+    script = str(ROOT / "cluster" / "local.sh")
+    keeper = subprocess.Popen(
+        ["bash", "-c", f"cat >/dev/null; '{script}' down >/dev/null 2>&1; rm -rf '{home}'"], env=env,
+        stdin=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        start = time.perf_counter()
+        for up in [*range(AT_ONCE, count, AT_ONCE), count]:
+            done = subprocess.run(
+                [script, "up", str(up)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                start_new_session=True,
+            )  # fmt: skip
+            if done.returncode:
+                sys.exit(f"{script} up {up} failed:\n{done.stderr}")
+        took = time.perf_counter() - start
+        os.environ |= environment((home / "env").read_text())
+        os.environ["RAY_ADDRESS"] = os.environ["RAYDEEP_CLUSTER_GCS"]
+        yield took
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        assert keeper.stdin is not None
+        keeper.stdin.close()
+        keeper.wait()
+
+
+def _token() -> Path:
+    """One token file for all clusters of this process: Ray reads it once."""
+    file = Path(tempfile.gettempdir()) / f"raydeep-scale-{os.getpid()}.token"
+    if not file.exists():
+        file.touch(mode=0o600)
+        file.write_text(secrets.token_hex(32))
+        atexit.register(file.unlink, missing_ok=True)
+    return file

@@ -1,0 +1,213 @@
+#!/usr/bin/env bash
+# A real Ray cluster on this machine: a head and N worker raylets, each a process tree of its own.
+#
+#   cluster/local.sh up [N]    start a head and N workers (2), or those of N that are dead or missing
+#   cluster/local.sh status    what runs
+#   cluster/local.sh down      stop it, and nothing else that runs Ray here
+#
+# RAYDEEP_CLUSTER_DIR       its folder: token, logs, sockets, runs (/tmp/raydeep-UID; sockets want a short path)
+# RAYDEEP_CLUSTER_CPUS      logical CPUs of each worker (this machine's cores shared out, at least 2)
+# RAYDEEP_STORAGE           below it lies the relative `storage` of jobs (that folder, so FOLDER/runs)
+# RAY_AUTH_TOKEN_PATH       an existing token file to use instead of a generated one
+set -Eeuo pipefail
+
+dir=${RAYDEEP_CLUSTER_DIR:-${TMPDIR:-/tmp}/raydeep-$(id -u)}
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+die() { echo "local.sh: $*" >&2; exit 2; }
+
+# The environment that all nodes and jobs run in: the active one, else the checkout's, else what is on the path.
+for bin in "${VIRTUAL_ENV:-/nonexistent}/bin" "$repo/.venv/bin"; do
+    if [ -x "$bin/ray" ]; then
+        PATH=$bin:$PATH
+        break
+    fi
+done
+command -v ray >/dev/null || die "no ray on the path: activate the environment that raydeep is installed in"
+
+# Processes of this cluster by their command lines: raylets, GCS, dashboard and agents all name its folder; Ray's
+# workers end with their raylet.
+processes() { ps -eww -o pid=,command= | awk -v mark="$dir/t/" -v self=$$ 'index($0, mark) && $1 != self && !/awk/ { print $1 }'; }
+
+alive() { [ -f "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
+
+running() {
+    local file
+    for file in "$dir"/nodes/*.pid; do
+        if alive "$file"; then return 0; fi
+    done
+    return 1
+}
+
+stop() {
+    local file pid end
+    for file in "$dir"/nodes/*.pid; do
+        if alive "$file"; then kill "$(cat "$file")" 2>/dev/null || true; fi
+    done
+    end=$((SECONDS + 10))
+    while [ -n "$(processes)" ] && [ $SECONDS -lt $end ]; do sleep 0.2; done
+    for pid in $(processes); do kill -9 "$pid" 2>/dev/null || true; done
+    rm -rf "$dir/nodes" "$dir/env"
+}
+
+free_ports() {
+    python3 - "$1" <<'PYTHON'
+import socket, sys
+sockets = [socket.socket() for _ in range(int(sys.argv[1]))]
+for s in sockets:
+    s.bind(("", 0))
+print(*(s.getsockname()[1] for s in sockets))
+PYTHON
+}
+
+# node NAME ARGUMENTS...: `ray start --block` in the background; its death ends its node.
+node() {
+    local name=$1
+    shift
+    # In a session of its own, as Ctrl-C in this terminal is not meant for the cluster; without the files that the caller
+    # has open: a pipe or a lock would be held for as long as the cluster runs.
+    python3 -c 'import os, sys; os.setsid(); os.closerange(3, 1024); os.execvp(sys.argv[1], sys.argv[1:])' \
+        ray start --block --disable-usage-stats "$@" >"$dir/nodes/$name.log" 2>&1 </dev/null &
+    echo $! >"$dir/nodes/$name.pid"
+}
+
+own_ports() {
+    local ports
+    read -r -a ports <<<"$(free_ports 4)"
+    echo "--dashboard-agent-listen-port ${ports[0]} --metrics-export-port ${ports[1]} --runtime-env-agent-port ${ports[2]} --dashboard-agent-grpc-port ${ports[3]}"
+}
+
+settings() {
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=${RAY_AUTH_TOKEN_PATH:-$dir/token}
+    export RAYDEEP_STORAGE=${RAYDEEP_STORAGE:-$dir} RAY_ENABLE_UV_RUN_RUNTIME_ENV=0
+    unset RAY_ADDRESS RAY_API_SERVER_ADDRESS
+    cores=$(python3 -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+    # Logical: two a worker even where there are fewer cores, or Ray Data's tasks would find no room beside training.
+    cpus=${RAYDEEP_CLUSTER_CPUS:-$((workers * 2 > cores ? 2 : cores / (workers > 0 ? workers : 1)))}
+    # All share one machine's memory: 30% of it for the object store of each, as Ray takes, would be too much.
+    memory=$((512 * 1024 * 1024))
+}
+
+start_head() {
+    umask 077 # what jobs print stands in the logs
+    mkdir -p "$dir"
+    [ -O "$dir" ] || die "$dir belongs to another user; set RAYDEEP_CLUSTER_DIR"
+    chmod 700 "$dir"
+    stop
+    rm -rf "$dir/t"
+    mkdir -p "$dir/nodes" "$dir/t"
+    if [ ! -s "$RAY_AUTH_TOKEN_PATH" ]; then
+        python3 -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH"
+    fi
+    chmod 600 "$RAY_AUTH_TOKEN_PATH"
+
+    local port dash client end
+    read -r port dash client <<<"$(free_ports 3)"
+    # The head works on no trial and trains nothing where there are workers: it runs the drivers.
+    # shellcheck disable=SC2046
+    node head --head --port "$port" --dashboard-host 127.0.0.1 --dashboard-port "$dash" --temp-dir "$dir/t/0" \
+        --ray-client-server-port "$client" --object-store-memory $memory \
+        --num-cpus $((workers > 0 ? 0 : (cores < 4 ? 4 : cores))) $(own_ports)
+    end=$((SECONDS + 90))
+    until grep -q -- '--address=' "$dir/nodes/head.log" 2>/dev/null; do
+        alive "$dir/nodes/head.pid" && [ $SECONDS -lt $end ] || false
+        sleep 0.2
+    done
+    cat >"$dir/env" <<ENV
+export RAY_AUTH_MODE=token
+export RAY_AUTH_TOKEN_PATH=$RAY_AUTH_TOKEN_PATH
+export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$dash
+export RAYDEEP_CLUSTER_GCS=$(grep -o -- "--address='[^']*'" "$dir/nodes/head.log" | head -n 1 | cut -d "'" -f 2)
+ENV
+}
+
+start_workers() {
+    local i name end seen
+    for ((i = 1; i <= workers; i++)); do
+        name=worker-$i
+        if alive "$dir/nodes/$name.pid"; then continue; fi
+        # Temporary files of its own: two that start at once in one folder take the same names for their sockets.
+        # shellcheck disable=SC2046
+        node "$name" --address "$RAYDEEP_CLUSTER_GCS" --temp-dir "$dir/t/$i" --num-cpus "$cpus" \
+            --object-store-memory $memory $(own_ports)
+    done
+    end=$((SECONDS + 120))
+    until seen=$(count) && [ "$seen" -gt "$workers" ]; do
+        for ((i = 1; i <= workers; i++)); do alive "$dir/nodes/worker-$i.pid"; done
+        [ $SECONDS -lt $end ] || false
+        sleep 0.5
+    done
+}
+
+up() {
+    workers=$1
+    [[ $workers =~ ^[0-9]+$ ]] || die "up [N]: found $workers, expected a number of workers"
+    # sun_path holds 107 bytes: FOLDER/t/NN/session_2026-11-30_12-02-23_346619_1234567/sockets/plasma_store
+    [ ${#dir} -le 36 ] || die "$dir: sockets need a path of at most 36 characters; set RAYDEEP_CLUSTER_DIR to a shorter one"
+    settings
+    if alive "$dir/nodes/head.pid" && [ -f "$dir/env" ]; then
+        # shellcheck disable=SC1091
+        . "$dir/env"
+        start_workers || die "a worker did not start; see $dir/nodes"
+        echo "$workers workers run"
+        return
+    fi
+    if running; then die "its head is dead, its workers are not; first: cluster/local.sh down"; fi
+    trap 'echo "local.sh: the cluster did not start; what it said:" >&2; tail -n 5 "$dir"/nodes/*.log >&2; stop; exit 1' ERR INT TERM
+    start_head
+    # shellcheck disable=SC1091
+    . "$dir/env"
+    start_workers
+    trap - ERR INT TERM
+    cat <<SAY
+A head and $workers workers of $cpus logical CPUs each. Jobs from this machine:
+  . $dir/env
+  raydeep submit jobs/digits.yaml
+  ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- raydeep search jobs/digits.yaml
+Dashboard, from this machine only: $RAY_API_SERVER_ADDRESS
+Runs:  $RAYDEEP_STORAGE/runs, unless a job names another storage
+Token: $RAY_AUTH_TOKEN_PATH
+Another machine, with raydeep in the same versions and that folder of runs mounted at the same path, joins with:
+  mkdir -p ~/.ray && scp $(id -un)@${RAYDEEP_CLUSTER_GCS%:*}:$RAY_AUTH_TOKEN_PATH ~/.ray/auth_token && RAY_AUTH_MODE=token RAYDEEP_STORAGE=$RAYDEEP_STORAGE ray start --address=$RAYDEEP_CLUSTER_GCS
+SAY
+}
+
+# Raylets that the GCS counts as alive.
+count() {
+    python3 - "$RAYDEEP_CLUSTER_GCS" 2>/dev/null <<'PYTHON'
+import sys
+from ray._raylet import GcsClient
+print(sum(node.state == 0 for node in GcsClient(address=sys.argv[1]).get_all_node_info().values()))
+PYTHON
+}
+
+status() {
+    if [ ! -d "$dir/nodes" ]; then
+        echo "no cluster in $dir; start one: cluster/local.sh up"
+        return 1
+    fi
+    local file
+    for file in "$dir"/nodes/*.pid; do
+        printf '%-10s %s\n' "$(basename "$file" .pid)" "$(alive "$file" && echo "runs, process $(cat "$file")" || echo "is dead; see ${file%.pid}.log")"
+    done
+    # shellcheck disable=SC1091
+    if alive "$dir/nodes/head.pid" && [ -f "$dir/env" ]; then
+        . "$dir/env"
+        echo "jobs       $RAY_API_SERVER_ADDRESS (after: . $dir/env)"
+        ray status --address "$RAYDEEP_CLUSTER_GCS" 2>/dev/null | sed -n '/^Resources/,$p'
+    fi
+}
+
+case ${1:-} in
+up) up "${2:-2}" ;;
+down)
+    if [ -d "$dir/nodes" ]; then
+        stop
+        echo "stopped; runs, logs and the token stay in $dir"
+    else
+        echo "no cluster in $dir"
+    fi
+    ;;
+status) status ;;
+*) sed -n '4,6s/^#   //p' "$0" >&2; exit 2 ;;
+esac

@@ -1,0 +1,350 @@
+"""Jobs on a real cluster of three raylets with a token, as `cluster/local.sh` starts it, from clean shells."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from commands import ray_processes, wait_for
+
+from raydeep.data import order, shards, splits
+from raydeep.run import Run, read_json, read_lines
+
+pytestmark = pytest.mark.cluster
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "--set", "train.epochs=8", "--set", "search.trials=8", "--set", "recover.epochs=3", "--set",
+    "export.latency_rounds=3",
+]  # fmt: skip
+
+
+class Cluster:
+    """A head and two workers of this machine."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        # what a new shell has, and nothing of this one
+        self.clean = {"HOME": str(home), "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "LANG": "C.UTF-8"}
+        self.env = dict(self.clean)
+
+    def local(self, *arguments: str) -> str:
+        """Run cluster/local.sh."""
+        done = subprocess.run(
+            [ROOT / "cluster" / "local.sh", *arguments], env={**self.clean, "RAYDEEP_CLUSTER_DIR": str(self.home)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def up(self) -> None:
+        """Start it."""
+        self.said = self.local("up", "2")
+        lines = (self.home / "env").read_text().splitlines()
+        self.env |= dict(line.removeprefix("export ").split("=", 1) for line in lines)
+
+    def run(self, *command: str, cwd: Path = ROOT, **env: str) -> tuple[int, str]:
+        """A command to its end."""
+        done = subprocess.run(
+            command, cwd=cwd, env={**self.env, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            check=False, timeout=400,
+        )  # fmt: skip
+        return done.returncode, done.stdout
+
+    def start(self, *command: str, cwd: Path = ROOT, **env: str) -> subprocess.Popen[str]:
+        """A command."""
+        return subprocess.Popen(
+            command, cwd=cwd, env={**self.env, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def kill_raylet(self, worker: int) -> list[str]:
+        """Kill -9, as a node that loses power: its processes go with it; names of those that were at work."""
+        [pid] = [
+            int(entry.name) for entry in Path("/proc").iterdir()
+            if entry.name.isdigit() and self._is_raylet(entry, f"{self.home}/t/{worker}/")
+        ]  # fmt: skip
+        titles = [" ".join(child.cmdline()) for child in psutil.Process(pid).children()]
+        os.kill(pid, signal.SIGKILL)
+        return [title for title in titles if title.startswith("ray::") and "IDLE" not in title]
+
+    @staticmethod
+    def _is_raylet(entry: Path, mark: str) -> bool:
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            return words[0].endswith(b"raylet/raylet") and any(mark.encode() in word for word in words)
+        return False
+
+    def folder(self, name: str) -> Path | None:
+        """The newest run of a job."""
+        return max((self.home / "runs").glob(f"{name}-*"), key=lambda path: path.stat().st_mtime, default=None)
+
+
+@pytest.fixture(scope="module")
+def cluster(home: Path) -> Iterator[Cluster]:
+    made = Cluster(home)
+    try:
+        made.up()
+        yield made
+    finally:
+        made.local("down")
+
+
+@contextlib.contextmanager
+def flaky_proxy(address: str, every_s: float) -> Iterator[str]:
+    """A way to the job server that loses all its connections every so often."""
+    host, port = address.removeprefix("http://").split(":")
+    door = socket.create_server(("127.0.0.1", 0))
+    pairs: list[socket.socket] = []
+
+    def pump(source: socket.socket, to: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                to.sendall(data)
+        for end in (source, to):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = door.accept()
+                far = socket.create_connection((host, int(port)))
+                pairs.extend((near, far))
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=pump, args=ends, daemon=True).start()
+
+    def cut() -> None:
+        while door.fileno() != -1:
+            time.sleep(every_s)
+            for end in pairs[:]:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+                pairs.remove(end)
+
+    for work in (serve, cut):
+        threading.Thread(target=work, daemon=True).start()
+    with door:
+        yield f"http://127.0.0.1:{door.getsockname()[1]}"
+
+
+def test_it_is_closed_to_others(cluster: Cluster) -> None:
+    token = cluster.home / "token"
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert token.read_text() not in cluster.said
+    assert len(token.read_text()) >= 32
+    assert "RAY_AUTH_MODE=token" in cluster.said  # the line for a second machine
+    (cluster.home / "wrong").write_text("f" * 64)
+    wrong = {"RAY_AUTH_TOKEN_PATH": str(cluster.home / "wrong")}
+    code, said = cluster.run("raydeep", "submit", "jobs/digits.yaml", **wrong)
+    assert (code, "Traceback" in said) == (2, False), said
+    assert f"refuses the token in {cluster.home / 'wrong'}" in said
+    code, said = cluster.run("ray", "job", "list", **wrong)
+    assert code != 0
+    assert "Authentication" in said
+    code, said = cluster.run(
+        "raydeep", "search", "jobs/digits.yaml", RAY_ADDRESS=cluster.env["RAYDEEP_CLUSTER_GCS"], **wrong
+    )
+    assert code == 2, said
+    assert "no Ray cluster lets this process in" in said
+    port = int(cluster.env["RAY_API_SERVER_ADDRESS"].rsplit(":", 1)[1])
+    listens = subprocess.run(["ray", "--version"], env=cluster.env, capture_output=True, check=True) and _listening(
+        port
+    )
+    assert listens == {"127.0.0.1"}
+
+
+def _listening(port: int) -> set[str]:
+    """Addresses that something listens on at a port (IPv4)."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            local, state = line.split()[1], line.split()[3]
+            if state == "0A" and int(local.split(":")[1], 16) == port:
+                raw = bytes.fromhex(local.split(":")[0])
+                found.add(socket.inet_ntoa(raw[::-1]) if len(raw) == 4 else "IPv6")
+    return found
+
+
+def test_ray_job_submit_from_a_clean_shell_loses_a_raylet_and_finishes(cluster: Cluster) -> None:
+    process = cluster.start(
+        "ray", "job", "submit", "--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml", "--", "raydeep",
+        "search", "jobs/digits.yaml", *SMALL,
+    )  # fmt: skip
+
+    def ended() -> list[dict]:
+        folder = cluster.folder("digits")
+        return [row for row in read_lines(folder / "ledger.jsonl") if row.get("event") == "end"] if folder else []
+
+    wait_for(lambda: len(ended()) >= 2 or process.poll() is not None, 240, "two trials")
+    assert process.poll() is None, process.communicate()[0]
+    assert any("Trainable" in title for title in cluster.kill_raylet(1))
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    assert "8 trials finished, 0 failed" in said
+    trials = [row["trial"] for row in ended()]
+    assert sorted(trials) == list(range(8))
+    folder = cluster.folder("digits")
+    assert folder is not None
+    assert (folder / "front.json").is_file()
+    cluster.local("up", "2")
+
+
+TRAINING = """
+name: own-network
+model: {name: "slow:make"}
+train: {epochs: 12, batch_size: 8, lr: 0.01, checkpoint_steps: 20}
+scaling: {workers: [1, 2], workers_per_node: 1, resize_interval_s: 5}
+export: {latency_rounds: 3}
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A user's project: a job and a network of their own; a link to data that must not travel."""
+    shutil.copy(ROOT / "benchmarks" / "slow.py", tmp_path)
+    (tmp_path / "job.yaml").write_text(TRAINING)
+    return tmp_path
+
+
+def orders(folder: Path, epochs: int) -> list[str]:
+    """Hashes of the sequences of global batches that a run must have seen, whatever happened to it."""
+    job = Run.open(folder).job
+    manifest = shards.load_manifest(Path(read_json(folder / "provenance.json")["dataset"]["path"]))
+    train, size = splits.read_dataset(manifest, job.data).train, job.train.batch_size
+    return [order.order_hash(train.order(job.seed, epoch, size), size) for epoch in range(epochs)]
+
+
+def test_a_training_outlives_a_raylet_and_lost_connections_and_takes_the_node_back(
+    cluster: Cluster, project: Path
+) -> None:
+    with flaky_proxy(cluster.env["RAY_API_SERVER_ADDRESS"], 7.0) as address:
+        process = cluster.start("raydeep", "submit", "job.yaml", "--stage", "train", "--address", address, cwd=project)
+
+        def attempts() -> list[dict]:
+            folder = cluster.folder("own-network")
+            return read_lines(folder / "attempts.jsonl") if folder else []
+
+        def saved() -> list[Path]:
+            folder = cluster.folder("own-network")
+            return sorted(folder.glob("checkpoints/step-*")) if folder else []
+
+        def until(condition: object, seconds: float, what: str) -> None:
+            wait_for(lambda: process.poll() is not None or condition(), seconds, what)  # type: ignore[operator]
+            assert process.poll() is None, process.communicate()[0]
+
+        until(lambda: saved() and int(saved()[-1].name[5:]) >= 100, 120, "100 steps")
+        assert any("Worker" in title for title in cluster.kill_raylet(1))
+        until(lambda: len(attempts()) == 2, 120, "going on with one worker")
+        cluster.local("up", "2")
+        until(lambda: len(attempts()) == 3, 120, "going on with two workers")
+        said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    assert [row["workers"] for row in attempts()] == [2, 1, 2]
+    assert all(row["from_step"] > 0 for row in attempts()[1:])
+    folder = cluster.folder("own-network")
+    assert folder is not None
+    rows = read_lines(folder / "metrics.jsonl")
+    assert [row["epoch"] for row in rows] == list(range(1, 13))
+    assert [row["order_hash"] for row in rows] == orders(folder, 12)
+    for line in ("✓ data", "✓ train", "✓ verify", "exit code 0"):  # once each, whatever the connections did
+        assert len(re.findall(line, said)) == 1, said
+    assert re.search(r"bundle     2 files, [\d,]+ bytes", said)
+
+
+def test_a_job_is_left_looked_at_stopped_and_told(cluster: Cluster, project: Path) -> None:
+    """Detached, asked about, followed, and stopped by Ctrl-C and an answer; it writes its checkpoint before it goes."""
+    longer = ["--set", "train.epochs=200", "--set", "train.checkpoint_steps=none", "--set", "name=left"]
+    code, said = cluster.run("raydeep", "submit", "job.yaml", "--stage", "train", "--detach", *longer, cwd=project)
+    assert code == 0, said
+    [job_id] = re.findall(r"^job +(\S+) at", said, re.MULTILINE)
+    wait_for(lambda: (folder := cluster.folder("left")) and read_lines(folder / "metrics.jsonl"), 120, "an epoch")
+    code, said = cluster.run("raydeep", "submit", "--status", job_id)
+    assert (code, said.split()[:2]) == (0, [job_id, "running:"])
+
+    process = cluster.start("raydeep", "submit", "--logs", job_id)  # nobody can answer it
+    wait_for(lambda: "✓ ray" in (process.stdout.readline() if process.stdout else ""), 60, "its log")
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert f"raydeep submit --logs {job_id}" in said
+
+    code, said = _answered(cluster, ["raydeep", "submit", "--logs", job_id], "s\n")
+    assert code == 143, said
+    assert "it writes a checkpoint first" in said
+    folder = cluster.folder("left")
+    assert folder is not None
+    steps = [int(path.name[5:]) for path in folder.glob("checkpoints/step-*")]
+    assert any(step % 146 for step in steps), steps  # not the end of an epoch: that of the stop
+    code, said = cluster.run("raydeep", "submit", "--status", job_id)
+    assert (code, said.split()[:2]) == (143, [job_id, "stopped:"])
+    code, said = cluster.run("raydeep", "submit", "--stop", "nothing-1")
+    assert code == 2
+    assert "nothing-1: the job server knows no such job" in said
+
+
+def _answered(cluster: Cluster, command: list[str], answer: str) -> tuple[int, str]:
+    """A command on a terminal that Ctrl-C is pressed in, once it has printed, and its question answered."""
+    near, far = pty.openpty()
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**cluster.env, "TERM": "dumb"},
+        stdin=far,
+        stdout=far,
+        stderr=far,
+        start_new_session=True,
+    )
+    os.close(far)
+    said, state = "", "starts"
+    with contextlib.suppress(OSError):  # what a pty raises at its end
+        while data := os.read(near, 65536):
+            said += data.decode(errors="replace")
+            if state == "starts" and "✓ ray" in said:
+                os.kill(process.pid, signal.SIGINT)
+                state = "pressed"
+            if state == "pressed" and "[d]etach" in said:
+                os.write(near, answer.encode())
+                state = "answered"
+    code = process.wait(timeout=120)
+    os.close(near)
+    return code, said
+
+
+def test_a_job_that_fails_fails_here(cluster: Cluster, project: Path) -> None:
+    code, said = cluster.run(
+        "raydeep", "submit", "job.yaml", "--set", "data.source=folder", "--set", "data.path=/nowhere/photos",
+        cwd=project,
+    )  # fmt: skip
+    assert code == 2, said
+    assert "error: /nowhere/photos" in said
+    assert "failed after" in said
+    assert "exit code 2" in said
+
+
+def test_down_stops_all_of_it_and_nothing_else(cluster: Cluster) -> None:
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "raylet/raylet"])
+    try:
+        assert "stopped" in cluster.local("down")
+        wait_for(lambda: not ray_processes(cluster.home), 30, "the cluster to stop")
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+    done = subprocess.run(
+        [ROOT / "cluster" / "local.sh", "status"], env={**cluster.clean, "RAYDEEP_CLUSTER_DIR": str(cluster.home)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "no cluster in" in done.stdout) == (1, True)
