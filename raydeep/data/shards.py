@@ -79,15 +79,11 @@ class Manifest(NamedTuple):
         return self.mode if cfg.mode == "auto" else cfg.mode
 
 
-def load_manifest(path: Path, check_hashes: bool = False) -> Manifest:
-    """Read and check `dataset.json`.
-
-    Args:
-        path: the dataset folder.
-        check_hashes: read the shards too, unless they are larger than MAX_HASHED_BYTES together.
+def read_manifest(path: Path) -> Manifest:
+    """Read and check `dataset.json` alone.
 
     Raises:
-        DataError: the folder is no dataset, of another version, or misses shards.
+        DataError: the folder is no dataset, or one of another version.
     """
     file = path / "dataset.json"
     if not path.is_dir():
@@ -105,11 +101,25 @@ def load_manifest(path: Path, check_hashes: bool = False) -> Manifest:
         fields = {name: raw[name] for name in Manifest._fields if name != "path"}
         manifest = Manifest(path=path, **{**fields, "size_range": tuple(fields["size_range"])})
         wrong = _contradiction(manifest)
-        total = sum(shard["bytes"] for split in manifest.splits.values() for shard in split["shards"])
     except (KeyError, TypeError, AttributeError, ValueError) as err:
         raise DataError(f"{file}: lacks {err}; shard the source again") from None
     if wrong:
         raise DataError(f"{file}: {wrong}; it was changed by hand: shard the source again")
+    return manifest
+
+
+def load_manifest(path: Path, check_hashes: bool = False) -> Manifest:
+    """Read and check `dataset.json`, and that its shards are there.
+
+    Args:
+        path: the dataset folder.
+        check_hashes: read the shards too, unless they are larger than MAX_HASHED_BYTES together.
+
+    Raises:
+        DataError: as `read_manifest`, or shards are missing or changed.
+    """
+    manifest = read_manifest(path)
+    total = sum(shard["bytes"] for split in manifest.splits.values() for shard in split["shards"])
     for split in manifest.splits.values():
         for shard in split["shards"]:
             found = path / shard["name"]

@@ -7,10 +7,14 @@ import posixpath
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from raydeep import mirror
 from raydeep.errors import RaydeepError
 from raydeep.ops import nodefacts
+
+if TYPE_CHECKING:
+    from raydeep.data.shards import Manifest
 
 SEEN_S = 4.0  # a file that another node wrote may take so long to be seen: NFS keeps what it knows for 3 s
 DEEP = 3  # folders that are looked into for one file
@@ -184,10 +188,10 @@ def plan_data(job: dict[str, Any], storage: str) -> dict[str, Any]:
     cfg = Data.model_validate(job["data"])
     plan: dict[str, Any] = {"data": job["data"], "shards": None, "resident_bytes": 0, "streamed": False, "error": None}
     try:
-        folder = shards.dataset_folder(cfg, Path(storage))
-        if (folder / "dataset.json").is_file():
-            plan["shards"] = str(folder)
-            manifest = shards.load_manifest(folder)
+        folder = shards.dataset_folder(cfg, mirror.place(storage))
+        if mirror.fetch(folder / "dataset.json"):
+            plan["shards"] = mirror.name(folder)
+            manifest = _manifest(folder)
             if splits.is_resident(manifest, cfg):
                 plan["resident_bytes"] = splits.decoded_bytes(manifest, cfg)
             else:
@@ -195,6 +199,13 @@ def plan_data(job: dict[str, Any], storage: str) -> dict[str, Any]:
     except (RaydeepError, OSError) as err:
         plan["error"] = told(err)
     return plan
+
+
+def _manifest(folder: Path) -> Manifest:
+    """Of a dataset; in a bucket its shards are not fetched for it."""
+    from raydeep.data import shards
+
+    return shards.load_manifest(folder) if mirror.address(folder) is None else shards.read_manifest(folder)
 
 
 def read_data(plan: dict[str, Any]) -> str:
@@ -209,11 +220,13 @@ def read_data(plan: dict[str, Any]) -> str:
     if plan["shards"]:
         import pyarrow.parquet as pq
 
-        from raydeep.data import shards
+        from raydeep.data.files import Files
 
-        manifest = shards.load_manifest(Path(plan["shards"]))
+        folder = mirror.place(plan["shards"])
+        mirror.fetch(folder / "dataset.json")
+        manifest = _manifest(folder)
         for split in manifest.splits:
-            with pq.ParquetFile(manifest.files(split)[0]) as file:
+            with Files(plan["shards"]).open(manifest.files(split)[0].name) as source, pq.ParquetFile(source) as file:
                 file.read_row_group(0, columns=["label"])
         return f"shards of {sum(manifest.rows(split) for split in manifest.splits):,} pictures in {plan['shards']}"
     if cfg.source in ("digits", "synthetic"):
