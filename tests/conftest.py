@@ -142,3 +142,20 @@ def new_bucket(s3_server: pafs.S3FileSystem) -> Callable[[], str]:
         return name
 
     return make
+
+
+@pytest.fixture
+def bucket(new_bucket: Callable[[], str]) -> str:
+    """The address of a folder in a new bucket."""
+    return f"s3://{new_bucket()}/some"
+
+
+@pytest.fixture
+def on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Goes to a node, by a name: one that has a cache of its own. At first it is a."""
+
+    def go(node: str) -> None:
+        monkeypatch.setenv("RAYDEEP_CACHE", str(tmp_path / f"node-{node}"))
+
+    go("a")
+    return go

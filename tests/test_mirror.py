@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -14,24 +13,6 @@ from raydeep import mirror, remote
 from raydeep.config import parse_sets
 from raydeep.errors import JobError, RaydeepError, StorageError
 from raydeep.run import Run, append_line, read_json, read_lines, write_bytes
-
-Node = Callable[[str], None]
-
-
-@pytest.fixture
-def on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
-    """Be on a node: one that has a cache of its own."""
-
-    def be(node: str) -> None:
-        monkeypatch.setenv("RAYDEEP_CACHE", str(tmp_path / node))
-
-    be("a")
-    return be
-
-
-@pytest.fixture
-def bucket(new_bucket: Callable[[], str]) -> str:
-    return f"s3://{new_bucket()}/some"
 
 
 def write(path: Path, data: bytes) -> Path:
