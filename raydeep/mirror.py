@@ -169,7 +169,7 @@ def pull(folder: Path, only: Callable[[str], bool] = lambda name: True, exact: b
     Args:
         folder: to fill.
         only: of a file's path in the folder: whether it is fetched.
-        exact: also remove local files that the bucket does not have, fetched or not.
+        exact: also remove what the bucket does not have, fetched or not.
     """
     if (found := _open(folder)) is None:
         return
@@ -182,6 +182,8 @@ def pull(folder: Path, only: Callable[[str], bool] = lambda name: True, exact: b
         relative = str(path.relative_to(folder))
         if relative not in there and not _hidden(relative):
             path.unlink(missing_ok=True)
+            with suppress(OSError):  # it holds more
+                path.parent.rmdir()
 
 
 def push_folder(folder: Path, last: str | None = None, only: Callable[[str], bool] = lambda name: True) -> None:

@@ -126,8 +126,14 @@ HEAVY = {"checkpoints", "models", "ray", "trials", "workers"}
 
 
 def fetch_light(path: Path) -> None:
-    """What a run in a bucket is opened by: all but checkpoints, trials and the models that came of them."""
+    """Fetch what a run in a bucket is opened by: all but checkpoints, trials and the models that came of them.
+
+    Raises:
+        RaydeepError: there is no such run.
+    """
     mirror.pull(path, lambda name: name.split("/")[0] not in HEAVY or name.split("/")[1:2] == ["dense"])
+    if mirror.address(path) is not None and not (path / "job.yaml").is_file():
+        raise RaydeepError(f"{mirror.name(path)}: not a run (no job.yaml); give the address that a command printed")
 
 
 def storage_folder(job: Job) -> Path:
@@ -183,8 +189,7 @@ class Run:
         path = mirror.place(path, "RUN").expanduser().resolve()
         fetch_light(path)
         if not (path / "job.yaml").is_file():
-            name = mirror.name(path)
-            raise RaydeepError(f"{name}: not a run folder (no job.yaml); give the folder that a command printed")
+            raise RaydeepError(f"{path}: not a run folder (no job.yaml); give the folder that a command printed")
         return cls(path, load_job(path / "job.yaml"))
 
     def take(self, job: Job, force: bool = False) -> None:

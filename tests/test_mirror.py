@@ -255,5 +255,5 @@ def test_a_run_is_opened_where_nothing_of_it_is(on, bucket, job):
     assert found == {"job.yaml", "provenance.json", "metrics.jsonl", "models/dense/spec.json"}
     mirror.pull(again.model("t001"))
     assert (again.model("t001") / "spec.json").exists()
-    with pytest.raises(RaydeepError, match=rf"^{bucket}/none: not a run folder"):
+    with pytest.raises(RaydeepError, match=rf"^{bucket}/none: not a run "):
         Run.open(f"{bucket}/none")

@@ -108,6 +108,14 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def open_manifest(path: Path) -> Manifest:
+    """Of a dataset that is looked at, not used: one in a bucket is not fetched for it."""
+    if mirror.address(path) is None:
+        return load_manifest(path)
+    mirror.fetch(path / "dataset.json")
+    return read_manifest(path)
+
+
 def load_manifest(path: Path, check_hashes: bool = False) -> Manifest:
     """Read and check `dataset.json`, and that its shards are there.
 

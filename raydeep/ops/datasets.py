@@ -128,11 +128,14 @@ def shard(job: Job, out: Path, workers: int | None, ui: Ui) -> Manifest:
     from raydeep.data import shards
 
     with ui.stage("shard") as stage:
+        if mirror.address(out) is not None and mirror.exists(out / "dataset.json"):
+            raise DataError(f"{mirror.name(out)}: exists; name a new folder or remove it")
         run = _runner(job, workers, out.resolve().parent)
         manifest = shards.write_dataset(job.data, out, rate(stage), run)
+        mirror.push_folder(out, last="dataset.json")
         rows = ", ".join(f"{manifest.rows(split):,} {split}" for split in manifest.splits)
         stage.text = f"{rows}, {len(manifest.classes)} classes, {manifest.quarantined} in quarantine"
-    ui.say(f"dataset    {out}")
+    ui.say(f"dataset    {mirror.name(out)}")
     if job.data.limit_per_class is not None:
         ui.say("note       data.limit_per_class takes effect when a job trains; the shards hold all pictures")
     return manifest

@@ -7,14 +7,11 @@ import posixpath
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raydeep import mirror
 from raydeep.errors import RaydeepError
 from raydeep.ops import nodefacts
-
-if TYPE_CHECKING:
-    from raydeep.data.shards import Manifest
 
 SEEN_S = 4.0  # a file that another node wrote may take so long to be seen: NFS keeps what it knows for 3 s
 DEEP = 3  # folders that are looked into for one file
@@ -191,7 +188,7 @@ def plan_data(job: dict[str, Any], storage: str) -> dict[str, Any]:
         folder = shards.dataset_folder(cfg, mirror.place(storage))
         if mirror.fetch(folder / "dataset.json"):
             plan["shards"] = mirror.name(folder)
-            manifest = _manifest(folder)
+            manifest = shards.open_manifest(folder)
             if splits.is_resident(manifest, cfg):
                 plan["resident_bytes"] = splits.decoded_bytes(manifest, cfg)
             else:
@@ -199,13 +196,6 @@ def plan_data(job: dict[str, Any], storage: str) -> dict[str, Any]:
     except (RaydeepError, OSError) as err:
         plan["error"] = told(err)
     return plan
-
-
-def _manifest(folder: Path) -> Manifest:
-    """Of a dataset; in a bucket its shards are not fetched for it."""
-    from raydeep.data import shards
-
-    return shards.load_manifest(folder) if mirror.address(folder) is None else shards.read_manifest(folder)
 
 
 def read_data(plan: dict[str, Any]) -> str:
@@ -220,11 +210,10 @@ def read_data(plan: dict[str, Any]) -> str:
     if plan["shards"]:
         import pyarrow.parquet as pq
 
+        from raydeep.data import shards
         from raydeep.data.files import Files
 
-        folder = mirror.place(plan["shards"])
-        mirror.fetch(folder / "dataset.json")
-        manifest = _manifest(folder)
+        manifest = shards.open_manifest(mirror.place(plan["shards"]))
         for split in manifest.splits:
             with Files(plan["shards"]).open(manifest.files(split)[0].name) as source, pq.ParquetFile(source) as file:
                 file.read_row_group(0, columns=["label"])

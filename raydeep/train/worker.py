@@ -139,7 +139,8 @@ def work(config: dict[str, Any]) -> None:
             "rank": rank, "time": time.time(), "step": watch.step, "stage": watch.stage,
             "error": f"{type(err).__name__}: {err}", "traceback": traceback.format_exc(),
         }  # fmt: skip
-        _note(folder / "workers", f"failed-{rank}.json", told)
+        with suppress(StorageError):  # it may be what is told
+            _note(folder / "workers", f"failed-{rank}.json", told)
         raise
     finally:
         NOTICES.saver = None
@@ -151,8 +152,7 @@ def work(config: dict[str, Any]) -> None:
 def _note(folder: Path, name: str, value: dict[str, Any]) -> None:
     (folder / ".reserve").unlink(missing_ok=True)  # room for this on a full disk
     write_json(folder / name, value)
-    with suppress(StorageError):  # it may be what is told
-        mirror.push(folder / name)
+    mirror.push(folder / name)
 
 
 def _train(job: Job, folder: Path, config: dict[str, Any], watch: Watch, local: int) -> None:
