@@ -194,6 +194,13 @@ def test_several_faults_at_once_are_all_told():
     }  # fmt: skip
 
 
+def test_a_cluster_that_says_nothing_is_not_ok():
+    facts = cluster({"id": "a", "name": "a", "head": True, "error": "no answer in 30 s"}, gcs_open=None)
+    assert levels(verdict.examine(facts, job())) == {
+        "nodes": "FAIL", "storage": "FAIL", "dataset": "FAIL", "placement": "FAIL", "tokens": "WARN",
+    }  # fmt: skip
+
+
 def test_the_worst_level_counts_and_all_findings_are_told():
     warned, failed = checks.Check("x", "WARN", "late", "wait"), checks.Check("x", "FAIL", "gone", "make it")
     assert checks.worst("x", [warned, failed], "fine") == checks.Check("x", "FAIL", "gone; late", "make it")

@@ -16,6 +16,7 @@ Level = Literal["OK", "WARN", "FAIL"]
 
 DISK_BYTES = 2 * 2**30  # two checkpoints of 85 million parameters, 12 bytes each with AdamW's state
 SHOWN = 4  # nodes that are named
+ANSWER = "mend the nodes first"
 USE_TOKENS = (
     "on every node, before ray start: export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=FILE (ray get-auth-token "
     "--generate makes one)"
@@ -125,6 +126,8 @@ def storage(nodes: list[Node], path: str, error: str, remote: bool = False) -> C
         return None
 
     asked = [node for node in nodes if node.get("storage")]
+    if not asked:
+        return Check("storage", "FAIL", f"{path}: no node answered", ANSWER)
     free = min(
         (node["storage"]["free_bytes"] for node in asked if node["storage"]["free_bytes"] is not None), default=None
     )
@@ -142,7 +145,9 @@ def dataset(nodes: list[Node], error: str | None) -> Check:
     def look(node: Node) -> tuple[Level, str, str] | None:
         return ("FAIL", node["data"]["error"], mend) if node["data"]["error"] else None
 
-    text = asked[0]["data"]["text"] if asked else ""
+    if not asked:
+        return Check("dataset", "FAIL", "no node answered", ANSWER)
+    text = asked[0]["data"]["text"]
     return each("dataset", asked, text + (f", read on all {len(asked)} nodes" if len(asked) > 1 else ""), look)
 
 
@@ -160,7 +165,7 @@ def tokens(open_: bool | None, where: str, modes: set[str | None]) -> Check:
         )
     if open_ is False:
         return Check("tokens", "OK", f"Ray at {where} refuses who shows no token")
-    if modes <= {"token", "k8s"}:
+    if modes and modes <= {"token", "k8s"}:
         return Check("tokens", "OK", "RAY_AUTH_MODE is token")
     return Check(
         "tokens",
