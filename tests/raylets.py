@@ -70,6 +70,7 @@ class Raylets:
             started = subprocess.Popen(
                 command, env={**self.env, **(env or {})}, stdout=out, stderr=out, start_new_session=True
             )
+        self.sessions.add(started.pid)
         end = time.monotonic() + 90
         while "Ray runtime started" not in (said := log.read_text()):
             assert started.poll() is None, said
@@ -103,7 +104,7 @@ class Raylets:
         return found
 
     def stop(self) -> None:
-        for kind, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+        for kind, seconds in ((signal.SIGTERM, 3), (signal.SIGKILL, 10)):
             for pid in self.processes():
                 try:
                     os.kill(pid, kind)

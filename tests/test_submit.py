@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -232,6 +233,29 @@ def test_ctrl_c_asks_and_detaches_unless_told_to_stop(answer: object, stops: boo
     assert client.stopped is stops
     assert code == (143 if stops else None)
     assert ("raydeep submit --logs j" in said[-1]) is not stops
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_log_is_silent_is_heard_at_once(kind: signal.Signals) -> None:
+    """In a process of its own, as Python's handlers and asyncio's take turns."""
+    script = f"""
+import asyncio, os, signal, sys, threading
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from raydeep import cli
+from raydeep.ops import submit
+from test_submit import Client, LOG
+class Silent(Client):
+    async def tail_job_logs(self, job_id):
+        yield LOG[:100]
+        threading.Timer(0.3, os.kill, (os.getpid(), {int(kind)})).start()
+        await asyncio.sleep(3600)
+signal.signal(signal.SIGTERM, cli._terminated)
+code = submit.follow(Silent("", []), "j", print, lambda: False)
+print("left" if code is None else code)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.splitlines()[-1] == "left", done.stdout + done.stderr
+    assert "raydeep submit --logs j goes back to it" in done.stdout
 
 
 def test_a_job_that_is_not_there_is_one_error() -> None:

@@ -6,6 +6,8 @@ import logging
 import os
 import re
 import secrets
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,9 +120,12 @@ def _joined(address: str) -> Iterator[dict[str, str]]:
     import ray
 
     differs: dict[str, str] = {}
+    on_term = signal.getsignal(signal.SIGTERM)
     try:
         try:
             cluster.join(address)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_term)  # Ray has put its own in place, which cleans nothing up
         except ResourceError as err:
             ours, theirs = _versions_told(str(err))
             if not ours:

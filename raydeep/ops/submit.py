@@ -181,13 +181,12 @@ class Follower:
         """One connection: the server sends the log from its beginning, what is printed already is passed over."""
         seen = 0
         stream: Any = self.client.tail_job_logs(self.job_id)
+        step: asyncio.Future[str] | None = None
         try:
             while True:
                 step = asyncio.ensure_future(anext(stream))
                 while not (await asyncio.wait([step], timeout=SILENT_S))[0]:
                     if await asyncio.to_thread(self._more_than, max(seen, self.shown)):  # so the connection is dead
-                        step.cancel()
-                        await asyncio.wait([step])
                         return
                 text = step.result()
                 self._print(text[max(0, self.shown - seen) :])
@@ -195,6 +194,9 @@ class Follower:
         except StopAsyncIteration:
             return
         finally:
+            if step is not None and not step.done():  # or closing the stream would raise, and hide a Ctrl-C
+                step.cancel()
+                await asyncio.wait([step])
             await stream.aclose()
 
     def _more_than(self, characters: int) -> bool:
