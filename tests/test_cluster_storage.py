@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
 import pytest
 from commands import wait_for
+from raylets import Raylets
 
 from raydeep import mirror
 from raydeep.run import Run, check_sums, parse_lines, read_json
@@ -20,39 +23,43 @@ from raydeep.run import Run, check_sums, parse_lines, read_json
 pytestmark = pytest.mark.cluster
 
 JOB = str(Path(__file__).parent.parent / "jobs" / "digits.yaml")
-EPOCHS, STEPS = 12, 146  # 1,169 pictures in batches of 8
+EPOCHS, STEPS = 8, 146  # 1,169 pictures in batches of 8
+
+
+def can_mount() -> bool:
+    made = subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False)
+    return made.returncode == 0 and os.geteuid() == 0
 
 
 class Nodes:
-    """A head without CPUs, where commands run, and nodes of one CPU."""
+    """A head without CPUs, where commands run, and nodes of one CPU; what the head has, no other sees."""
 
-    def __init__(self, home: Path, count: int) -> None:
-        from ray.cluster_utils import Cluster
+    def __init__(self, home: Path, raylets: Raylets, count: int) -> None:
+        self.home, self.head, self.raylets = home, home / "head", raylets
+        self.head.mkdir()
+        health = json.dumps({"health_check_period_ms": 1000, "health_check_failure_threshold": 3})
+        self._start("head", "--num-cpus", "0", "--system-config", health, "--dashboard-host", "127.0.0.1")
+        self.sessions = {self._start(f"node{number}"): home / f"node{number}" for number in range(count)}
 
-        self.home, self.store = home, {"object_store_memory": 150 * 2**20}
-        os.environ["RAYDEEP_CACHE"] = str(home / "head")
-        health = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}
-        self.cluster = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": health, **self.store},
-        )
-        self.nodes: dict[str, Any] = {}  # by its cache
-        for number in range(count):
-            os.environ["RAYDEEP_CACHE"] = str(home / f"node{number}")  # the raylet's own, and its workers'
-            self.nodes[os.environ["RAYDEEP_CACHE"]] = self.cluster.add_node(num_cpus=1, **self.store)
-        os.environ["RAYDEEP_CACHE"] = str(home / "head")
+    def _start(self, name: str, *options: str) -> int:
+        """The session of a new node with a cache of that name."""
+        before = set(self.raylets.sessions)
+        mounts = {str(self.head): "size=1m"} if name != "head" and can_mount() else None
+        self.raylets.start(*options, env={"RAYDEEP_CACHE": str(self.home / name)}, mounts=mounts)
+        [session] = self.raylets.sessions - before
+        return session
 
-    def cache_of(self, pid: int) -> str:
-        """The cache of the node that a process runs on."""
-        lines = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        return next(line.decode() for line in lines if line.startswith(b"RAYDEEP_CACHE=")).partition("=")[2]
-
-    def lose(self, cache: str) -> None:
-        """Kill -9 of a raylet and its workers."""
-        self.cluster.remove_node(self.nodes.pop(cache), allow_graceful=False)
+    def lose(self, pid: int) -> None:
+        """Kill -9 of a node that a process runs on: of all its processes."""
+        session = os.getsid(pid)
+        del self.sessions[session]
+        for other in self.raylets.processes():
+            with suppress(ProcessLookupError):
+                if os.getsid(other) == session:
+                    os.kill(other, signal.SIGKILL)
 
     def command(self, *arguments: str, cache: str = "head") -> subprocess.Popen[str]:
-        env = {**os.environ, "RAYDEEP_CACHE": str(self.home / cache), "RAY_ADDRESS": self.cluster.address}
+        env = {**self.raylets.env, "RAYDEEP_CACHE": str(self.home / cache), "RAY_ADDRESS": self.raylets.address}
         return subprocess.Popen(
             [sys.executable, "-m", "raydeep.cli", *arguments], env=env, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -68,13 +75,13 @@ class Nodes:
 
 @pytest.fixture
 def nodes(home: Path, s3_server: pafs.S3FileSystem, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
-    monkeypatch.setenv("RAY_TMPDIR", str(home))
-    monkeypatch.setenv("RAYDEEP_CACHE", str(home / "head"))
-    found = Nodes(home, 3)
+    monkeypatch.setenv("RAYDEEP_CACHE", str(home / "seen"))  # of this process, which looks into the bucket
+    raylets = Raylets(home / "c")
     try:
-        yield found
+        yield Nodes(home, raylets, 3)
     finally:
-        found.cluster.shutdown()
+        raylets.stop()
+        assert raylets.processes() == []
 
 
 def sets(**values: object) -> list[str]:
@@ -110,9 +117,8 @@ def test_nodes_that_share_nothing_lose_a_worker_and_a_driver(
     wait_for(saved, 120, "a checkpoint inside the second epoch or a later one")
     folder = run()
     assert folder is not None
-    [told] = parse_lines(b" ".join((mirror.read(folder / "workers" / "rank-0.json") or b"").split()))
-    gone = nodes.cache_of(told["pid"])
-    nodes.lose(gone)  # that of worker 0, which wrote the checkpoints
+    told = json.loads(mirror.read(folder / "workers" / "rank-0.json") or b"{}")
+    nodes.lose(told["pid"])  # the node of worker 0, which wrote the checkpoints
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
     first, second = lines(folder / "attempts.jsonl")
@@ -142,7 +148,7 @@ def test_nodes_that_share_nothing_lose_a_worker_and_a_driver(
     assert after[: len(before)] == before
     rungs = [(row["trial"], row["rung"]) for row in after if row.get("event") == "rung"]
     assert len(set(rungs)) == len(rungs)
-    worked = {cache for cache in nodes.nodes if any(Path(cache).glob("storage/s3/*/runs/*/trials/t*"))}
+    worked = {cache for cache in nodes.sessions.values() if any(cache.glob("storage/s3/*/runs/*/trials/t*"))}
     assert len(worked) == 2, "both nodes had trials"
 
     monkeypatch.setenv("RAYDEEP_CACHE", str(nodes.home / "other"))
