@@ -16,6 +16,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import socket
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
@@ -284,9 +285,9 @@ def _told(path: Path, what: str) -> Iterator[None]:
         full = getattr(err, "errno", None) == errno.ENOSPC
         reason = " ".join(str(err).split())[:400] or type(err).__name__
         mend = (
-            "free space on this node, or set RAYDEEP_CACHE" if full else
-            "check the address, the network and the credentials in this node's environment (AWS_ACCESS_KEY_ID, "
-            "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
+            f"free space on {socket.gethostname()}, or set RAYDEEP_CACHE there" if full else
+            f"check the address, and on {socket.gethostname()} the network and the credentials in the environment "
+            f"(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
         )  # fmt: skip
         raise StorageError(f"storage {name(path)} can't be {what}: {reason}; {mend}") from None
 

@@ -218,7 +218,7 @@ def probe(folder: Path, votes: Votes, node: str) -> None:
     except OSError as err:
         error = f"{node or 'this node'} can't write there: {err.strerror}"
     except StorageError as err:
-        error = f"{node or 'this node'}: {err}"
+        error = str(err)
     names = votes.gather((mine.name, node, error))
     unseen = []
     with suppress(StorageError):  # told by its error above
