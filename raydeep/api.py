@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raydeep import mirror
 from raydeep.config import Job
-from raydeep.errors import DataError, ModelError, RaydeepError
+from raydeep.errors import DataError, ModelError, RaydeepError, StorageError
 from raydeep.ops import datasets, doctor, front, searching
 from raydeep.ops.console import Ui
 from raydeep.run import Run, read_json, write_json
@@ -57,16 +57,17 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: 
         export.to_onnx(*artifact.freeze(model.eval(), spec, fold=False))
     recipe.check(job, spec)
     runtimes.check_runtimes(job.export)
-    track.check(job.search.track)
+    track.check(job.search.track, shared=mirror.address(mirror.place(job.storage)) is None)
     fresh = run is None
     run = run or Run.create(job, command)
     stack.enter_context(run.locked())
     noted = read_json(run.path / "provenance.json").get("dataset", {}).get("hash", manifest.hash)
     if noted != manifest.hash:
         raise DataError(
-            f"{manifest.path}: not the data that {run.path} began with (hash {manifest.hash[:12]}…, then "
+            f"{manifest.path}: not the data that {run.name} began with (hash {manifest.hash[:12]}…, then "
             f"{noted[:12]}…): what it trained on could now be in its test split; start a new run"
         )
+    stack.callback(_keep_log, run)
     with ui.stage("ray") as stage:
         try:
             plan = stack.enter_context(cluster.cluster(job, run.path / "ray.log"))
@@ -74,9 +75,9 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: 
                 doctor.compare(ui)
         except RaydeepError:
             if fresh:  # nothing has been done yet: nothing is left
-                shutil.rmtree(run.path)
+                mirror.drop(run.path)
             raise
-        ui.say(f"  run        {run.path}")
+        ui.say(f"  run        {run.name}")
         from raydeep.data import stream
 
         data = stream.load(manifest, job.data, lambda done, total: stage.update(done, total, "pictures decoded"))
@@ -86,9 +87,15 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: 
     sizes = {split: len(getattr(data, split).labels) for split in ("train", "val", "test")}
     run.note(dataset={
         "hash": manifest.hash, "classes": manifest.classes, "rows": sizes, "image": list(data.shape),
-        "path": str(manifest.path),
+        "path": mirror.name(manifest.path),
     })  # fmt: skip
     return Session(job, run, ui, manifest, plan, data, shared, spec)
+
+
+def _keep_log(run: Run) -> None:
+    with suppress(StorageError):  # whatever ends the session is told, not this
+        if (run.path / "ray.log").exists():
+            mirror.push(run.path / "ray.log")
 
 
 def _workers(job: Job) -> str:
@@ -112,7 +119,7 @@ def train_dense(session: Session) -> Dense:
         done = checkpoint.latest(run.path / "checkpoints")
         if done is not None and done.moment.epoch < job.train.epochs:
             raise RaydeepError(
-                f"{run.path}: its training is finished, with {done.moment.epoch} epochs, the job now says "
+                f"{run.name}: its training is finished, with {done.moment.epoch} epochs, the job now says "
                 f"{job.train.epochs}: start a new run"
             )
         artifact.check_sums(folder)
@@ -132,7 +139,7 @@ def train_dense(session: Session) -> Dense:
         launch.train(job, run, session.shared, session.spec, line, distill)
         last = checkpoint.latest(run.path / "checkpoints")
         if last is None or last.moment.epoch < job.train.epochs:
-            raise RaydeepError(f"{run.path}: training ended without its last checkpoint; see {run.path}/ray.log")
+            raise RaydeepError(f"{run.name}: training ended without its last checkpoint; see {run.path}/ray.log")
         model = artifact.build(session.spec)
         weights = last.weights()
         model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(PROJECTIONS)})
@@ -148,6 +155,7 @@ def train_dense(session: Session) -> Dense:
             },
         )  # fmt: skip
         export.write_model(folder, packed)
+        run.save()
         stage.text = (
             f"{job.model.name}: {result.test_accuracy:.2%} test, {result.val_accuracy:.2%} val accuracy after "
             f"{last.moment.epoch} epochs"
@@ -168,7 +176,7 @@ def _say_attempt(row: dict[str, Any], ui: Ui) -> None:
 def train(job: Job, command: str, ui: Ui, resume: Run | None = None) -> Run:
     """Train the dense model of a job; verify and report it."""
     if resume is not None and (resume.path / "ledger.jsonl").exists():
-        raise RaydeepError(f"{resume.path}: the run of a search; go on with: raydeep search --resume {resume.path}")
+        raise RaydeepError(f"{resume.name}: the run of a search; go on with: raydeep search --resume {resume.name}")
     with ExitStack() as stack:
         session = open_session(stack, job, resume, command, ui)
         train_dense(session)
@@ -214,6 +222,7 @@ def search(job: Job, command: str, ui: Ui, start: Path | None = None, resume: Ru
         for tracker in trackers:
             tracker.front(models, [session.run.model(row["label"]) for row in models])
     searching.clean(session.run.path)
+    session.run.save()
     return session.run
 
 
@@ -224,9 +233,9 @@ def _take_dense(session: Session, start: Path) -> None:
     from raydeep.model import artifact
     from raydeep.search.trial import save_predictions
 
-    folder = start / "models" / "dense" if (start / "models" / "dense").is_dir() else start
+    folder = artifact.dense_folder(start)
     if not (folder / "spec.json").is_file():
-        raise ModelError(f"{start}: neither a run with models/dense nor a model folder")
+        raise ModelError(f"{mirror.name(start)}: neither a run with models/dense nor a model folder")
     artifact.check_sums(folder)
     spec, tensors = artifact.load_model(folder)
     wanted = {"name": session.job.model.name, "args": session.job.model.args}
@@ -240,3 +249,4 @@ def _take_dense(session: Session, start: Path) -> None:
     result = plan.measure(packed, session.data, session.job.train.eval_batch_size)
     save_predictions(session.run.path / "trials" / "dense", val=result.val_predictions, test=result.test_predictions)
     export.write_model(session.run.model("dense"), packed)
+    session.run.save()

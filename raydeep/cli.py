@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from raydeep import __version__, cli_cluster
+from raydeep import __version__, cli_cluster, mirror
 from raydeep.cli_cluster import AsJson, JobFile, Sets
 from raydeep.errors import RaydeepError
 
@@ -21,11 +21,18 @@ app = typer.Typer(
     help="Scarce data, scarce compute: augment, train, compress and search image classifiers, from one job file.",
 )  # fmt: skip
 
-Resume = Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run folder")]
+
+def _place(text: str) -> Path:
+    """A path, or the one that stands for s3://… on this machine."""
+    return mirror.place(text, "address")
+
+
+Resume = Annotated[Path | None, typer.Option(metavar="RUN", parser=_place, help="Go on with a run folder")]
 Force = Annotated[bool, typer.Option("--force", help="With --resume: go on with a job that differs from the run's")]
 Download = Annotated[bool, typer.Option("--download", help="Let torchvision fetch the dataset if it is not there")]
 From = Annotated[
-    Path | None, typer.Option("--from", metavar="RUN", help="Start from the dense model of this run or model folder")
+    Path | None,
+    typer.Option("--from", metavar="RUN", parser=_place, help="Start from the dense model of this run or model folder"),
 ]
 
 
@@ -125,7 +132,7 @@ def shard(
         str,
         typer.Argument(help="digits, synthetic, torchvision:NAME (in --set data.path=ROOT), a folder or its address"),
     ],
-    out: Annotated[Path, typer.Argument(help="New dataset folder")],
+    out: Annotated[Path, typer.Argument(parser=_place, help="New dataset folder, or s3://BUCKET/FOLDER")],
     sets: Sets = None,
     resize: Annotated[int | None, typer.Option(help="Store pictures at this side: scaled, centre cropped")] = None,
     store: Annotated[str | None, typer.Option(help="encoded (files) or decoded (pixels)")] = None,
@@ -150,7 +157,7 @@ def shard(
 
 data_app = typer.Typer(no_args_is_help=True, help="Look into a dataset, or check that it is whole.")
 app.add_typer(data_app, name="data")
-Folder = Annotated[Path, typer.Argument(help="Dataset folder, with dataset.json")]
+Folder = Annotated[Path, typer.Argument(parser=_place, help="Dataset folder, with dataset.json")]
 
 
 @data_app.command()
@@ -160,7 +167,7 @@ def info(path: Folder, as_json: AsJson = False) -> None:
     from raydeep.ops import datasets
     from raydeep.ops.console import Ui
 
-    facts = inspection.info(shards.load_manifest(path))
+    facts = inspection.info(shards.open_manifest(path))
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
@@ -173,6 +180,7 @@ def verify(path: Folder, as_json: AsJson = False) -> None:
     from raydeep.ops import datasets
     from raydeep.ops.console import Ui
 
+    mirror.pull(path)
     found = datasets.verify(path, Ui(), quiet=as_json)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
@@ -199,7 +207,7 @@ def preview(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder of a search")],
+    run: Annotated[Path, typer.Argument(parser=_place, help="Run folder of a search")],
     trial: Annotated[int, typer.Option(min=0, help="Number of the trial (see ledger.jsonl or the report)")],
 ) -> None:
     """Export one trial of a search as a verified model folder."""
@@ -211,22 +219,27 @@ def export(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Run folder")]) -> None:
+def report(run: Annotated[Path, typer.Argument(parser=_place, help="Run folder")]) -> None:
     """Write report.html anew, from the run folder alone."""
     from raydeep.report.page import write_report
+    from raydeep.run import fetch_light
 
-    typer.echo(write_report(run.resolve()))
+    fetch_light(run.resolve())
+    page = write_report(run.resolve())
+    mirror.push(page)
+    typer.echo(page)
 
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="Model folder, for instance RUN/models/t012")],
+    model: Annotated[Path, typer.Argument(parser=_place, help="Model folder, for instance RUN/models/t012")],
     images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line")] = False,
 ) -> None:
     """Label pictures with an exported model."""
     from raydeep.deploy.predict import predict as label
 
+    mirror.pull(model)
     bad = 0
     for row in label(model, images):
         bad += row.error is not None

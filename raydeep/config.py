@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from raydeep.errors import JobError
+from raydeep.errors import JobError, RaydeepError
 from raydeep.fields import Average
 from raydeep.recipe import Distill, Export, Prune, Quantize, Recover
+from raydeep.remote import check, is_address
 from raydeep.safeyaml import MAX_JOB_BYTES, load_yaml
 from raydeep.sections import Augment, Data, Model, Scaling, Section, Train
 from raydeep.tuning import DEFAULT_SPACE, Range, Search
@@ -26,7 +27,9 @@ class Job(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "job"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    storage: str = Field("runs", description="Folder of the run folders; on a cluster, one that all nodes share")
+    storage: str = Field(
+        "runs", description="Folder of the run folders; on a cluster, one that all nodes share, or s3://BUCKET/FOLDER"
+    )
     data: Data = Data()
     augment: Augment = Augment()
     model: Model = Model()
@@ -41,6 +44,11 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Job:
+        if is_address(self.storage):  # not as the field's own check: its errors repeat what they found, secrets too
+            try:
+                check(self.storage, "storage")
+            except RaydeepError as err:
+                raise ValueError(str(err)) from None
         if self.quantize.activation_bits is not None and self.quantize.weight_bits is None:
             raise ValueError("quantize.activation_bits needs quantize.weight_bits (integer kernels need both)")
         if self.data.source not in ("digits", "synthetic") and not self.data.path:

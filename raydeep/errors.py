@@ -34,3 +34,7 @@ class ResourceError(RaydeepError):
 
 class ExportError(RaydeepError):
     """An exported file does not behave like the model it was made from."""
+
+
+class StorageError(RaydeepError):
+    """The bucket of a run can't be read or written."""

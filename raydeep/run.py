@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from raydeep import __version__
+from raydeep import __version__, mirror
 from raydeep.config import Job, differing, load_job
 from raydeep.errors import JobError, ModelError, RaydeepError
 
@@ -75,15 +75,19 @@ def append_line(path: Path, *values: Any) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole JSON lines of a file; a line torn by a kill is left out."""
+    return parse_lines(path.read_bytes()) if path.exists() else []
+
+
+def parse_lines(data: bytes) -> list[dict[str, Any]]:
+    """The whole JSON lines of what a file holds."""
     rows = []
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
+    for line in data.decode(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 
@@ -118,16 +122,32 @@ def check_sums(folder: Path) -> None:
             raise ModelError(f"{file}: missing or changed since it was written; export the model again")
 
 
+HEAVY = {"checkpoints", "models", "ray", "trials", "workers"}
+
+
+def fetch_light(path: Path) -> None:
+    """Fetch what a run in a bucket is opened by: all but checkpoints, trials and the models that came of them.
+
+    Raises:
+        RaydeepError: there is no such run.
+    """
+    mirror.pull(path, lambda name: name.split("/")[0] not in HEAVY or name.split("/")[1:2] == ["dense"])
+    if mirror.address(path) is not None and not (path / "job.yaml").is_file():
+        raise RaydeepError(f"{mirror.name(path)}: not a run (no job.yaml); give the address that a command printed")
+
+
 def storage_folder(job: Job) -> Path:
     """The folder of a job's run folders and datasets, absolute: a relative `storage` lies below RAYDEEP_STORAGE.
+
+    Of a bucket it is the folder that stands for it on this node (mirror.py).
 
     Raises:
         RaydeepError: it would lie where Ray unpacks a submitted job, which it removes after the job.
     """
-    path, here = Path(job.storage).expanduser(), Path.cwd()
+    path, here = mirror.place(job.storage).expanduser(), Path.cwd()
     base = os.environ.get("RAYDEEP_STORAGE")
     if base:
-        path = Path(base).expanduser() / path
+        path = mirror.place(base, "RAYDEEP_STORAGE").expanduser() / path
     if not path.is_absolute() and any(part.startswith("_ray_pkg_") for part in here.parts):
         raise RaydeepError(
             f"storage {job.storage}: below this job's working directory, which Ray removes after the job; set "
@@ -156,16 +176,18 @@ class Run:
         run = cls(path, job)
         run._write_job()
         write_json(path / "provenance.json", {"id": path.name, "command": command, **provenance(job.seed)})
+        mirror.push(path / "provenance.json")
         return run
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """Open an existing run folder.
+        """Open an existing run folder, or its address.
 
         Raises:
             RaydeepError: if the folder is no run.
         """
-        path = Path(path).expanduser().resolve()
+        path = mirror.place(path, "RUN").expanduser().resolve()
+        fetch_light(path)
         if not (path / "job.yaml").is_file():
             raise RaydeepError(f"{path}: not a run folder (no job.yaml); give the folder that a command printed")
         return cls(path, load_job(path / "job.yaml"))
@@ -179,7 +201,7 @@ class Run:
         changed = differing(self.job, job)
         if changed and not force:
             raise JobError(
-                f"{self.path}: began with another job: {'; '.join(changed)}. Go on with its own (--resume RUN alone), "
+                f"{self.name}: began with another job: {'; '.join(changed)}. Go on with its own (--resume RUN alone), "
                 f"start a new run (no --resume), or add --force to go on with the changed job"
             )
         if changed:
@@ -190,6 +212,12 @@ class Run:
     def _write_job(self) -> None:
         text = yaml.safe_dump(self.job.model_dump(mode="json"), sort_keys=False)
         write_bytes(self.path / "job.yaml", text.encode())
+        mirror.push(self.path / "job.yaml")
+
+    @property
+    def name(self) -> str:
+        """For people: the folder, or its address."""
+        return mirror.name(self.path)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -204,10 +232,17 @@ class Run:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RaydeepError(f"{self.path}: another process works on this run; wait for it or stop it") from None
+                raise RaydeepError(f"{self.name}: another process works on this run; wait for it or stop it") from None
             except OSError:
                 pass  # a file system without locks: then people take care
             yield
+
+    def save(self) -> None:
+        """Bring what this process wrote to the bucket, where the run is kept in one; workers and trials do so too."""
+        mirror.push_folder(self.path / "trials" / "dense")
+        for folder in sorted((self.path / "models").glob("[!.]*")):
+            mirror.push_folder(folder, last="SHA256SUMS")
+        mirror.push_folder(self.path, only=lambda name: name.split("/")[0] not in HEAVY)
 
     def model(self, label: str) -> Path:
         """Folder of one model."""
@@ -217,6 +252,7 @@ class Run:
         """Add facts to provenance.json."""
         file = self.path / "provenance.json"
         write_json(file, {**read_json(file), **facts})
+        mirror.push(file)
 
 
 def provenance(seed: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow.fs as pafs
 import pytest
 from hypothesis import settings
 from PIL import Image
@@ -105,3 +107,55 @@ def write_many() -> WritePictures:
         return root
 
     return write
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """A local S3 server; its address."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_server(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> pafs.S3FileSystem:
+    """The same as this process and those that it starts find it in their environment."""
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, "testing")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    return pafs.S3FileSystem(
+        endpoint_override=s3_endpoint.removeprefix("http://"), scheme="http", allow_bucket_creation=True
+    )
+
+
+@pytest.fixture
+def new_bucket(s3_server: pafs.S3FileSystem) -> Callable[[], str]:
+    """Makes buckets; gives their names."""
+
+    def make() -> str:
+        name = f"bucket-{secrets.token_hex(4)}"
+        s3_server.create_dir(name)
+        return name
+
+    return make
+
+
+@pytest.fixture
+def bucket(new_bucket: Callable[[], str]) -> str:
+    """The address of a folder in a new bucket."""
+    return f"s3://{new_bucket()}/some"
+
+
+@pytest.fixture
+def on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Goes to a node, by a name: one that has a cache of its own. At first it is a."""
+
+    def go(node: str) -> None:
+        monkeypatch.setenv("RAYDEEP_CACHE", str(tmp_path / f"node-{node}"))
+
+    go("a")
+    return go

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import multiprocessing, nn
 
+from raydeep import mirror, remote
 from raydeep.config import Augment, Train
 from raydeep.data.augment import Augmenter
 from raydeep.data.batches import Batches, Micro, eval_batches
@@ -439,6 +441,61 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_training_and_spares_the_l
     with pytest.raises(TrainError, match=r"no space left on the device; the last one, of step 20, is whole. Free"):
         fit(network(), CROSS_ENTROPY, batches(pixels), CFG, saver=checkpoint.Saver(saved))
     assert sorted(path.name for path in saved.iterdir()) == ["step-000000015", "step-000000020"]
+
+
+def test_checkpoints_in_a_bucket_are_found_on_another_node(on, bucket):
+    model, folder = network(), mirror.place(bucket) / "run" / "checkpoints"
+    for epoch, score in ((1, 0.9), (2, 0.1), (3, 0.2), (4, 0.3)):
+        nn.init.constant_(model[0].bias, epoch)
+        save_now(folder, checkpoint.Moment(epoch, 0, 0.0, 5 * epoch, 5, score), model)
+    on("b")
+    folder = mirror.place(bucket) / "run" / "checkpoints"
+    assert sorted({name.split("/")[0] for name in mirror.names(folder)}) == [
+        "step-000000005", "step-000000015", "step-000000020",  # the best, and the newest two
+    ]  # fmt: skip
+    found = checkpoint.latest(folder)
+    assert found is not None
+    assert (found.moment.epoch, found.path) == (4, folder / "step-000000020")
+    assert (found.weights()["0.bias"] == 4).all()
+    (folder / "step-000000020" / "tensors.safetensors").write_bytes(b"torn")  # here it is mended
+    assert checkpoint.latest(folder).moment.epoch == 4  # type: ignore[union-attr]
+    mirror.push(write(folder / "step-000000020" / "tensors.safetensors", b"torn"))  # there it is not
+    notes: list[str] = []
+    found = checkpoint.latest(folder, notes.append)
+    assert found is not None
+    assert found.moment.epoch == 3
+    assert notes[0].startswith("step-000000020 is torn or changed")
+    nn.init.constant_(model[0].bias, 5)
+    time.sleep(1.1)  # the time of an object has no more than seconds
+    assert save_now(folder, checkpoint.Moment(4, 0, 0.0, 20, 5, 0.4), model).error is None
+    on("a")  # whose own copy is another
+    found = checkpoint.latest(mirror.place(bucket) / "run" / "checkpoints")
+    assert found is not None
+    assert (found.weights()["0.bias"] == 5).all()
+    mirror.forget(found.path / "state.json")  # as of a push that was cut off
+    assert checkpoint.latest(found.path.parent).moment.epoch == 3  # type: ignore[union-attr]
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def test_a_bucket_that_is_gone_stops_the_training_with_one_error(on, bucket, pixels, monkeypatch):
+    folder = mirror.place(bucket) / "run" / "checkpoints"
+    save_now(folder, checkpoint.Moment(0, 3, 0.0, 3, 5), network())
+
+    def gone(*_: Any) -> None:
+        raise OSError("AWS Error NETWORK_CONNECTION")
+
+    monkeypatch.setattr(remote, "put", gone)
+    with pytest.raises(TrainError, match=r"the checkpoint can't be written: storage s3://.*NETWORK") as caught:
+        fit(network(), CROSS_ENTROPY, batches(pixels), CFG, saver=checkpoint.Saver(folder))
+    assert "the last one, of step 3, is whole" in str(caught.value)
+    assert str(caught.value).endswith(f"go on with --resume {bucket}/run")
+    monkeypatch.setattr(remote, "listing", gone)
+    with pytest.raises(TrainError, match=rf"NETWORK.*--resume {bucket}/run$"):
+        fit(network(), CROSS_ENTROPY, batches(pixels), CFG, saver=checkpoint.Saver(folder))
 
 
 @pytest.mark.parametrize("wish", [Wish(save=True), Wish(leave=True)])

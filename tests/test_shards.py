@@ -6,7 +6,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from raydeep import mirror
 from raydeep.config import Data
 from raydeep.data import decode, fast, sharding, shards, sources
 from raydeep.data.resident import Pixels
-from raydeep.data.splits import read_dataset
+from raydeep.data.splits import read_dataset, streamed
 from raydeep.errors import DataError
+from raydeep.ops.datasets import processes
 from raydeep.run import sha256_file
 
 RNG = np.random.default_rng(0)
@@ -568,3 +570,54 @@ def test_the_synthetic_source_makes_the_rows_and_classes_asked_for(tmp_path):
     assert manifest.classes == ["class0", "class1", "class2"]
     assert sum(manifest.rows(split) for split in sources.SPLITS) == 60
     assert read_dataset(manifest, cfg).shape == (12, 12, 1)
+
+
+# in a bucket
+
+
+def test_a_dataset_in_a_bucket_is_made_once_and_read_where_it_is_needed(on, bucket, digits_manifest, monkeypatch):
+    made = shards.prepare(Data(), mirror.place(bucket))
+    assert made.hash == digits_manifest.hash
+    split = streamed(made, Data(), "train")
+    assert split.files[0].startswith(f"{bucket}/datasets/digits-")
+    rows = np.arange(32)
+    wanted = next(iter(split.read([[rows]])))
+    units = [split.unit(rows)]
+    on("b")  # a task that reads for another node
+    assert not mirror.cache().exists()
+    assert np.array_equal(fast.fetch(units[0], split.form).pixels, wanted)
+    assert sum(path.suffix == ".parquet" for path in mirror.cache().rglob("*")) == 1
+    monkeypatch.setattr(sharding, "write", None)  # it is not made again
+    again = shards.prepare(Data(), mirror.place(bucket))
+    assert again.hash == made.hash
+    assert len([path for path in mirror.cache().rglob("*.parquet") if path.name[0] != "."]) == 3
+    on("c")  # the address of a dataset is a dataset, whatever the storage is
+    address = mirror.name(mirror.place(bucket) / "datasets" / made.path.name)
+    assert shards.prepare(Data(path=address), Path("nowhere")).hash == made.hash
+    assert streamed(shards.prepare(Data(path=address), Path("nowhere")), Data(), "val").files[0].startswith(address)
+
+
+def test_a_push_of_a_dataset_that_was_cut_off_is_taken_up(on, bucket):
+    made = shards.prepare(Data(), mirror.place(bucket))
+    mirror.forget(made.path / "dataset.json", made.files("train")[0])
+    assert shards.prepare(Data(), mirror.place(bucket)).hash == made.hash
+    assert sorted(mirror.names(made.path)) == sorted(path.name for path in made.path.iterdir() if path.name[0] != ".")
+
+
+def test_processes_of_one_machine_make_the_same_dataset(tmp_path, write_many):
+    write_many(tmp_path / "pictures", 200)
+    cfg = Data(source="folder", path=str(tmp_path / "pictures"), shard_bytes=5000)
+    told: list[int] = []
+
+    def run(work: sharding.Work, tasks: Sequence[sharding.Task], tell: Callable[[int], None]) -> None:
+        processes(work, tasks, lambda rows: (told.append(rows), tell(rows)), 2)  # type: ignore[func-returns-value]
+
+    one, two = (
+        shards.write_dataset(cfg, tmp_path / name, run=how)
+        for name, how in (("one", sharding.one_by_one), ("two", run))
+    )
+    assert one.hash == two.hash
+    assert told[-1] == 200
+    next((tmp_path / "pictures" / "cat").iterdir()).write_bytes(b"no picture")
+    with pytest.raises(DataError, match="1 of 200 pictures can't be read"):
+        shards.write_dataset(cfg.model_copy(update={"max_bad_fraction": 0.0}), tmp_path / "bad", run=run)

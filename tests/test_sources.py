@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,32 +102,18 @@ KINDS: dict[str, Callable[[], dict[str, bytes]]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def s3() -> Iterator[Callable[[dict[str, bytes]], str]]:
+@pytest.fixture
+def s3(s3_server: pafs.S3FileSystem, new_bucket: Callable[[], str]) -> Callable[[dict[str, bytes]], str]:
     """Puts files into a bucket of a local S3 server of its own; gives the address."""
-    from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(key, "testing")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        system = pafs.S3FileSystem(endpoint_override=f"{host}:{port}", scheme="http", allow_bucket_creation=True)
-        made: list[int] = []
+    def put(contents: dict[str, bytes]) -> str:
+        bucket = new_bucket()
+        for path, data in contents.items():
+            with s3_server.open_output_stream(f"{bucket}/some/set/{path}") as out:
+                out.write(data)
+        return f"s3://{bucket}/some/set"
 
-        def put(contents: dict[str, bytes]) -> str:
-            bucket = f"bucket{len(made)}"
-            made.append(1)
-            system.create_dir(bucket)
-            for path, data in contents.items():
-                with system.open_output_stream(f"{bucket}/some/set/{path}") as out:
-                    out.write(data)
-            return f"s3://{bucket}/some/set"
-
-        yield put
-    server.stop()
+    return put
 
 
 @pytest.fixture

@@ -17,14 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from raydeep import mirror, remote
 from raydeep.compress import pack, plan, state
 from raydeep.compress.common import Common
 from raydeep.config import Augment, Job, Quantize, Recover, Search, Train
 from raydeep.data.augment import Augmenter
 from raydeep.data.batches import Batches
 from raydeep.data.resident import Dataset
-from raydeep.errors import ModelError
+from raydeep.errors import ModelError, StorageError
 from raydeep.model import artifact, layers
+from raydeep.ops import searching
 from raydeep.search import trial
 from raydeep.search.engine import Engine
 from raydeep.search.ledger import Ledger
@@ -283,6 +285,62 @@ def test_rungs_are_the_work_of_one_training_cut_in_parts(compressing, dense, dig
     made = plan.make(job, dense, digits, 11, common=bench.common, before=first)
     assert made.state.tensors.keys() == last.tensors.keys()
     assert all(torch.equal(made.state.tensors[name], last.tensors[name]) for name in last.tensors)
+
+
+def test_a_trial_goes_on_on_another_node(compressing, dense, digits, on, bucket, tmp_path):
+    """Each rung where nothing of the one before is; a neighbour's weights come from a third node."""
+    pieces = works(FOUR_BITS)
+    whole = through(bench_of(compressing, tmp_path / "shared", dense, digits), pieces)
+    rows: list[Row] = []
+    for work, node in zip(pieces, "abc", strict=True):
+        on(node)
+        run = mirror.place(bucket) / "run"
+        rows.append(bench_of(compressing, run, dense, digits).do(
+            work._replace(score=rows[-1]["val_accuracy"] if rows else None)
+        ))  # fmt: skip
+    assert [row["artifact_sha256"] for row in rows] == [row["artifact_sha256"] for row in whole]
+    on("d")
+    run = mirror.place(bucket) / "run"
+    own = {file.name for file in trial_folder(tmp_path / "shared", 0).iterdir()}
+    assert set(mirror.names(trial_folder(run, 0))) == own
+    bench = bench_of(compressing, run, dense, digits)
+    weights = bench._weights("t000")
+    assert weights is not None
+    assert any(not torch.equal(weights.tensors[name], dense.tensors[name]) for name in weights.tensors)
+    assert bench._weights("t007") is None
+
+    done = [{"trial": 0, "rung": 1, "artifact_sha256": rows[1]["artifact_sha256"]}]
+    for _ in range(2):
+        searching.settle_all(run, done)
+        assert (
+            hashlib.sha256((trial_folder(run, 0) / "model.rdz").read_bytes()).hexdigest() == whole[1]["artifact_sha256"]
+        )
+    searching.clean(run)
+    left = ["config.json", "model.rdz", "predictions.safetensors"]
+    assert mirror.names(trial_folder(run, 0)) == left
+    on("e")
+    run = mirror.place(bucket) / "run"
+    searching.settle_all(run, done)
+    assert sorted(path.name for path in trial_folder(run, 0).iterdir()) == left[1:]
+
+
+def test_another_trial_of_that_number_leaves_nothing_in_the_bucket(compressing, dense, digits, on, bucket):
+    run = mirror.place(bucket) / "run"
+    through(bench_of(compressing, run, dense, digits), works(FOUR_BITS)[:2])
+    on("b")
+    run = mirror.place(bucket) / "run"
+    through(bench_of(compressing, run, dense, digits), works({**FOUR_BITS, S: 0.9})[:1])
+    assert mirror.names(trial_folder(run, 0)) == ["config.json", "model-0.rdz", "predictions-0.safetensors"]
+
+
+def test_a_bucket_that_is_gone_is_not_the_trials_fault(compressing, dense, digits, on, bucket, monkeypatch):
+    def gone(*_: object) -> None:
+        raise OSError("AWS Error NETWORK_CONNECTION")
+
+    monkeypatch.setattr(remote, "put", gone)
+    bench = bench_of(compressing, mirror.place(bucket) / "run", dense, digits)
+    with pytest.raises(StorageError, match="NETWORK"):
+        bench.do(works(FOUR_BITS)[0])
 
 
 def test_a_settled_trial_has_the_files_of_its_best_rung(compressing, dense, digits, tmp_path):

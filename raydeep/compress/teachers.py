@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from raydeep import mirror
 from raydeep.compress.distill import Adapted, Distilled
 from raydeep.data.augment import Augmenter
 from raydeep.data.resident import Dataset, Pixels
@@ -37,8 +37,7 @@ def load(cfg: Distill, spec: dict[str, Any]) -> nn.Module | None:
     if cfg.teacher.startswith(TORCHVISION):
         net, theirs = _torchvision(cfg.teacher.removeprefix(TORCHVISION), where)
     else:
-        start = Path(cfg.teacher).expanduser()
-        folder = start / "models" / "dense" if (start / "models" / "dense").is_dir() else start
+        folder = artifact.dense_folder(mirror.place(cfg.teacher, "distill.teacher").expanduser())
         if not (folder / "spec.json").is_file():
             raise ModelError(
                 f"{where}: neither a run with models/dense nor a model folder; expected dense, ema, the folder of one, "

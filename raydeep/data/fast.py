@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raydeep import mirror
 from raydeep.errors import DataError
 
 PNG = b"\x89PNG"
@@ -40,7 +40,7 @@ class Format(NamedTuple):
 class Parts(NamedTuple):
     """Rows of one row group."""
 
-    file: str
+    file: str  # path or address
     stamp: int  # st_mtime_ns of the file when its labels were read
     group: int
     rows: np.ndarray  # int64, inside the group
@@ -64,9 +64,10 @@ def fetch(parts: list[Parts], form: Format) -> Block:
     for part in parts:
         before = time.perf_counter()
         try:
-            if Path(part.file).stat().st_mtime_ns != part.stamp:
+            file = mirror.local(part.file)
+            if file.stat().st_mtime_ns != part.stamp:
                 raise DataError(f"{part.file}: changed since its labels were read; leave datasets alone while in use")
-            column = _open(part.file, part.stamp).read_row_group(part.group, columns=["image"])
+            column = _open(str(file), part.stamp).read_row_group(part.group, columns=["image"])
             pictures = column.column(0).combine_chunks()
         except (OSError, ValueError, IndexError) as err:
             raise DataError(

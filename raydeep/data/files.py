@@ -6,11 +6,9 @@ Local folders are read by the operating system, s3:// and gs:// by pyarrow.fs, e
 
 from __future__ import annotations
 
-import datetime
 import functools
 import os
 import posixpath
-import re
 import stat
 import urllib.parse
 from collections.abc import Iterable, Iterator
@@ -18,16 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from raydeep import remote
 from raydeep.data.rows import Picture, Row, printable
-from raydeep.errors import DataError
+from raydeep.errors import DataError, RaydeepError
+from raydeep.remote import SCHEME
 
 if TYPE_CHECKING:
     from typing import BinaryIO
 
     from raydeep.config import Data
 
-SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://(.*)", re.DOTALL)
-CONNECT_S, REQUEST_S, ATTEMPTS, RETRY_S = 5.0, 60.0, 3, 15.0  # a server that is not there is told soon
 DANGLING, AWAY, AWAY_FOLDER, LOOP = "dangling link", "link away", "link to a folder away", "link in a circle"
 
 
@@ -269,46 +267,14 @@ def _walk(root: str, deep: bool) -> Iterator[Entry]:
 
 
 def _by_arrow(address: str) -> bool:
-    return address.startswith(("s3://", "gs://", "gcs://"))
+    return address.split("://")[0] in remote.SCHEMES
 
 
-@functools.lru_cache(16)
 def _arrow(address: str) -> tuple[Any, str]:
-    from pyarrow import fs
-
-    url = urllib.parse.urlsplit(address)
-    options = dict(urllib.parse.parse_qsl(url.query))
-    known = {"region", "scheme", "endpoint_override", "anonymous"}
-    if url.username or url.password or set(options) - known:
-        raise DataError(
-            f"data.path: {url.scheme}://{url.hostname}/…: expected no more than {', '.join(sorted(known))} after "
-            f"the ?; credentials belong into the environment, not into a job"
-        )
-    if not url.netloc:
-        raise DataError(f"data.path: {address}: names no bucket; expected {url.scheme}://BUCKET/FOLDER")
-    base = f"{url.netloc}{urllib.parse.unquote(url.path)}".rstrip("/")
-    anonymous = options.get("anonymous", "") in ("true", "1")
-    endpoint = options.get("endpoint_override", "")
-    if url.scheme != "s3":
-        limit = datetime.timedelta(seconds=RETRY_S)  # by default it tries for a quarter of an hour
-        keys: dict[str, Any] = {"endpoint_override": endpoint} if endpoint else {}
-        keys |= {"scheme": options["scheme"]} if "scheme" in options else {}
-        return fs.GcsFileSystem(anonymous=anonymous, retry_time_limit=limit, **keys), base
-    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    match = SCHEME.match(endpoint)
-    scheme = options.get("scheme") or (match[1] if match else "https")
-    region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if region is None and not endpoint:
-        region = fs.resolve_s3_region(url.netloc)
-    return fs.S3FileSystem(
-        anonymous=anonymous,
-        region=region or "us-east-1",
-        scheme=scheme,
-        endpoint_override=(match[2] if match else endpoint).rstrip("/") or None,
-        connect_timeout=CONNECT_S,
-        request_timeout=REQUEST_S,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
-    ), base
+    try:
+        return remote.connect(address, "data.path")
+    except RaydeepError as err:
+        raise DataError(str(err)) from None
 
 
 def _arrow_list(address: str, deep: bool) -> Iterator[Entry]:

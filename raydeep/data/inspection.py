@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
+from raydeep import mirror
 from raydeep.data import decode
 from raydeep.data.shards import Manifest, load_manifest
 from raydeep.data.sources import SPLITS
@@ -44,8 +45,9 @@ def info(manifest: Manifest) -> dict[str, Any]:
     one_size = (low_h, low_w) == (high_h, high_w)
     rows = sum(split["rows"] for split in splits.values())
     return {
-        "path": str(manifest.path), "hash": manifest.hash, "classes": len(manifest.classes), "mode": manifest.mode,
-        "store": manifest.store, "height": [low_h, high_h], "width": [low_w, high_w], "mean": manifest.mean,
+        "path": mirror.name(manifest.path), "hash": manifest.hash, "classes": len(manifest.classes),
+        "mode": manifest.mode, "store": manifest.store, "height": [low_h, high_h], "width": [low_w, high_w],
+        "mean": manifest.mean,
         "std": manifest.std, "quarantined": manifest.quarantined, "rows": rows,
         "decoded_bytes": rows * low_h * low_w * channels if one_size else None, "splits": splits,
     }  # fmt: skip

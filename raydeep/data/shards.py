@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from raydeep import mirror, remote
 from raydeep.data import decode, sharding, sources
+from raydeep.data.files import Files
 from raydeep.errors import DataError
 from raydeep.run import read_json, sha256_file
 
@@ -76,15 +79,11 @@ class Manifest(NamedTuple):
         return self.mode if cfg.mode == "auto" else cfg.mode
 
 
-def load_manifest(path: Path, check_hashes: bool = False) -> Manifest:
-    """Read and check `dataset.json`.
-
-    Args:
-        path: the dataset folder.
-        check_hashes: read the shards too, unless they are larger than MAX_HASHED_BYTES together.
+def read_manifest(path: Path) -> Manifest:
+    """Read and check `dataset.json` alone.
 
     Raises:
-        DataError: the folder is no dataset, of another version, or misses shards.
+        DataError: the folder is no dataset, or one of another version.
     """
     file = path / "dataset.json"
     if not path.is_dir():
@@ -102,11 +101,33 @@ def load_manifest(path: Path, check_hashes: bool = False) -> Manifest:
         fields = {name: raw[name] for name in Manifest._fields if name != "path"}
         manifest = Manifest(path=path, **{**fields, "size_range": tuple(fields["size_range"])})
         wrong = _contradiction(manifest)
-        total = sum(shard["bytes"] for split in manifest.splits.values() for shard in split["shards"])
     except (KeyError, TypeError, AttributeError, ValueError) as err:
         raise DataError(f"{file}: lacks {err}; shard the source again") from None
     if wrong:
         raise DataError(f"{file}: {wrong}; it was changed by hand: shard the source again")
+    return manifest
+
+
+def open_manifest(path: Path) -> Manifest:
+    """Of a dataset that is looked at, not used: one in a bucket is not fetched for it."""
+    if mirror.address(path) is None:
+        return load_manifest(path)
+    mirror.fetch(path / "dataset.json")
+    return read_manifest(path)
+
+
+def load_manifest(path: Path, check_hashes: bool = False) -> Manifest:
+    """Read and check `dataset.json`, and that its shards are there.
+
+    Args:
+        path: the dataset folder.
+        check_hashes: read the shards too, unless they are larger than MAX_HASHED_BYTES together.
+
+    Raises:
+        DataError: as `read_manifest`, or shards are missing or changed.
+    """
+    manifest = read_manifest(path)
+    total = sum(shard["bytes"] for split in manifest.splits.values() for shard in split["shards"])
     for split in manifest.splits.values():
         for shard in split["shards"]:
             found = path / shard["name"]
@@ -151,6 +172,10 @@ def dataset_folder(cfg: Data, storage: Path) -> Path:
     """Where the shards of a job's source stand: its own path if that is a dataset, else a folder in storage."""
     if cfg.path and "://" not in cfg.path and (Path(cfg.path).expanduser() / "dataset.json").is_file():
         return Path(cfg.path).expanduser().resolve()
+    if cfg.path and cfg.path.split("://")[0].lower() in remote.SCHEMES:
+        with suppress(OSError):
+            Files(cfg.path).read("dataset.json")
+            return mirror.place(cfg.path, "data.path")
     later = LATER - {"image_size"} if cfg.source == "synthetic" else LATER | {"rows", "classes"}
     facts = [sharding.SCHEMA_VERSION, cfg.model_dump(exclude=later), sources.fingerprint(cfg)]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
@@ -167,9 +192,12 @@ def prepare(cfg: Data, storage: Path, progress: Progress | None = None, run: Run
         run: what runs the tasks of sharding.
     """
     out = dataset_folder(cfg, storage)
-    if not (out / "dataset.json").is_file():
-        return write_dataset(cfg, out, progress, run, made_elsewhere=True)
-    return load_manifest(out, check_hashes=True)
+    if mirror.exists(out / "dataset.json"):
+        mirror.pull(out, exact=True)
+        return load_manifest(out, check_hashes=True)
+    manifest = write_dataset(cfg, out, progress, run, made_elsewhere=True)
+    mirror.push_folder(out, last="dataset.json")
+    return manifest
 
 
 def write_dataset(

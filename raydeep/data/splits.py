@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.parquet as pq
 
+from raydeep import mirror
 from raydeep.data import fast, order
 from raydeep.data.resident import Dataset, Pixels, Split, in_order, moments
 from raydeep.data.streamed import Engine, Streamed, threads
@@ -124,7 +125,7 @@ def streamed(manifest: Manifest, cfg: Data, split: str, engine: Engine = threads
     ]
     form = fast.Format(manifest.store, manifest.stored, manifest.shape(cfg), manifest.side(cfg))
     return Streamed(
-        [str(file) for file in files], groups, labels[keep], form, window_bytes=cfg.window_bytes, engine=engine
+        [mirror.name(file) for file in files], groups, labels[keep], form, window_bytes=cfg.window_bytes, engine=engine
     )  # fmt: skip
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raydeep import mirror
 from raydeep.data import fast, order
 from raydeep.data.meter import Meter
 from raydeep.data.order import Plan
@@ -58,14 +58,14 @@ class Streamed:
         """Serve the rows of some row groups.
 
         Args:
-            files: the shards.
+            files: the shards, by path or address.
             groups: (index of the shard, row group in it, rows of the group that belong to the split, int64).
             labels: int64 N, of those rows, group by group.
             form: how pictures are stored and what they become.
             window_bytes: decoded pictures that are shuffled together.
             engine: fetches the units.
         """
-        self.stamps = [Path(file).stat().st_mtime_ns for file in files]
+        self.stamps = [mirror.local(file).stat().st_mtime_ns for file in files]
         self.files, self.groups, self.labels, self.form, self.engine = files, groups, labels, form, engine
         self.sizes = np.array([len(rows) for _, _, rows in groups], np.int64)
         self.starts = np.cumsum(self.sizes) - self.sizes

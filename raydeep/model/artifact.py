@@ -19,11 +19,15 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
+from raydeep import mirror
 from raydeep.errors import ModelError
 from raydeep.model import layers, narrow, zoo
 from raydeep.run import check_sums, read_json, write_bytes, write_json, write_sums
 
-__all__ = ["build", "check_sums", "freeze", "load_model", "make_spec", "predict", "save_model", "thaw", "write_sums"]
+__all__ = [
+    "build", "check_sums", "dense_folder", "freeze", "load_model", "make_spec", "predict", "save_model", "thaw",
+    "write_sums",
+]  # fmt: skip
 
 SPEC_VERSION = 1
 Tensors = dict[str, torch.Tensor]
@@ -272,6 +276,16 @@ def save_model(folder: Path, spec: dict[str, Any], tensors: Tensors) -> None:
     """Write `spec.json` and `model.safetensors`."""
     write_bytes(folder / "model.safetensors", save_tensors(tensors))
     write_json(folder / "spec.json", spec)
+
+
+def dense_folder(start: Path) -> Path:
+    """The dense model of a run, or the model folder itself; from a bucket it is fetched."""
+    dense = start / "models" / "dense"
+    mirror.pull(dense)
+    if dense.is_dir():
+        return dense
+    mirror.pull(start, lambda name: "/" not in name)
+    return start
 
 
 def load_model(folder: Path) -> tuple[dict[str, Any], Tensors]:

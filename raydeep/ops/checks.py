@@ -97,14 +97,15 @@ def storage(nodes: list[Node], path: str, error: str, remote: bool = False) -> C
         error: what the driver met.
         remote: it is an address.
     """
+    if remote:
+        where = "the network and AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL"
+        mend, unusable = f"check {where} of that node", f"check the address, {where} of this machine"
+    else:
+        mend = "set storage=FOLDER to one that every node mounts at this path (NFS, EFS, a PersistentVolumeClaim), "
+        mend += "writable; or to s3://BUCKET/FOLDER"
+        unusable = "set storage=FOLDER to one that can be written"
     if error:
-        return Check(
-            "storage",
-            "FAIL",
-            f"can't make run folders in {path}: {error}",
-            "set storage=FOLDER to one that can be written",
-        )
-    mend = "set storage=FOLDER to one that every node mounts at this path (NFS, EFS, a PersistentVolumeClaim), writable"
+        return Check("storage", "FAIL", f"can't make run folders in {path}: {error}", unusable)
 
     def look(node: Node) -> tuple[Level, str, str] | None:
         found = node["storage"]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raydeep import mirror
 from raydeep.config import Job
 from raydeep.errors import DataError
 from raydeep.ops.console import Stage, Ui
 from raydeep.run import Run, memory_bytes, read_lines, storage_folder, usable_cores
 
 if TYPE_CHECKING:
+    from raydeep.data import sharding
     from raydeep.data.inspection import Report
     from raydeep.data.sharding import Runner
     from raydeep.data.shards import Manifest
@@ -41,6 +45,7 @@ def prepare(job: Job, ui: Ui) -> Manifest:
 
     with ui.stage("data") as stage:
         storage = storage_folder(job)
+        mirror.check(storage)
         if storage.exists() and not storage.is_dir():
             raise DataError(f"storage: can't make run folders in {storage}: it is a file; set storage=FOLDER")
         run = _runner(job, None, storage / "datasets")
@@ -76,6 +81,9 @@ def _runner(job: Job, workers: int | None, folder: Path) -> Runner:
         if len(tasks) <= len(SPLITS):
             sharding.one_by_one(work, tasks, tell)
             return
+        if mirror.address(work.folder) is not None:  # other nodes can't write there
+            processes(work, tasks, tell, workers or usable_cores())
+            return
         from raydeep.train import cluster
 
         with cluster.cluster(job, folder / f"{job.data.source.replace(':', '-')}.ray.log"):
@@ -85,6 +93,27 @@ def _runner(job: Job, workers: int | None, folder: Path) -> Runner:
             stream.runner(at_once)(work, tasks, tell)
 
     return run
+
+
+def processes(work: sharding.Work, tasks: Sequence[sharding.Task], tell: Callable[[int], None], workers: int) -> None:
+    """A runner of sharding: processes of this machine."""
+    from raydeep.data import sharding
+
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        left: set[Future[None]] = {pool.submit(_do, work, task) for task in tasks}
+        try:
+            while left:
+                done, left = wait(left, timeout=1.0, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                tell(sharding.rows_done(work.folder, tasks))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _do(work: sharding.Work, task: sharding.Task) -> None:
+    work(task)
 
 
 def shard(job: Job, out: Path, workers: int | None, ui: Ui) -> Manifest:
@@ -99,11 +128,14 @@ def shard(job: Job, out: Path, workers: int | None, ui: Ui) -> Manifest:
     from raydeep.data import shards
 
     with ui.stage("shard") as stage:
+        if mirror.address(out) is not None and mirror.exists(out / "dataset.json"):
+            raise DataError(f"{mirror.name(out)}: exists; name a new folder or remove it")
         run = _runner(job, workers, out.resolve().parent)
         manifest = shards.write_dataset(job.data, out, rate(stage), run)
+        mirror.push_folder(out, last="dataset.json")
         rows = ", ".join(f"{manifest.rows(split):,} {split}" for split in manifest.splits)
         stage.text = f"{rows}, {len(manifest.classes)} classes, {manifest.quarantined} in quarantine"
-    ui.say(f"dataset    {out}")
+    ui.say(f"dataset    {mirror.name(out)}")
     if job.data.limit_per_class is not None:
         ui.say("note       data.limit_per_class takes effect when a job trains; the shards hold all pictures")
     return manifest

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from raydeep import mirror
 from raydeep.config import Job
 from raydeep.errors import RaydeepError, ResourceError
 from raydeep.ops import checks, health, nodefacts, probes, verdict
@@ -56,7 +57,7 @@ def _masked(value: Any) -> Any:
 
 def storage_of(job: Job) -> str:
     """Where a job's runs are kept: an absolute folder, or an address."""
-    return job.storage if probes.remote(job.storage) else str(storage_folder(job))
+    return mirror.name(storage_folder(job))
 
 
 def run(job: Job | None, address: str | None = None) -> Report:

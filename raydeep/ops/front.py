@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raydeep import mirror
 from raydeep.errors import RaydeepError
 from raydeep.fields import Average
 from raydeep.ops.console import Ui
@@ -50,7 +50,8 @@ def _finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> li
     }
     write_json(run.path / "front.json", front)
     report = write_report(run.path)
-    shutil.rmtree(run.path / "ray", ignore_errors=True)
+    mirror.drop(run.path / "ray")
+    run.save()
     ui.say("")
     ui.front(front["dense"], front["models"])
     ui.say("")
@@ -68,8 +69,10 @@ def _finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> li
         ui.say(verdict(front))
     for name, label in front["best"].items():
         ui.say(f"best with {name}: {label}")
-    ui.say(f"report     {report}")
-    ui.say(f"models     {run.path / 'models'}")
+    ui.say(f"report     {mirror.name(report)}")
+    ui.say(f"models     {mirror.name(run.path / 'models')}")
+    if mirror.address(run.path) is not None:
+        ui.say(f"here       {run.path}")
     return front["models"]
 
 
@@ -117,11 +120,13 @@ def export_trial(run: Run, trial: int, data: Dataset) -> Candidate:
         RaydeepError: the run has no such trial.
     """
     from raydeep.deploy import export, forms
+    from raydeep.search.trial import SETTLED
 
     label = f"t{trial:03d}"
     file = run.path / "trials" / label / "model.rdz"
+    mirror.pull(file.parent, lambda name: name in SETTLED)
     if not file.is_file():
-        raise RaydeepError(f"{run.path}: no finished trial {trial} (no {file.relative_to(run.path)})")
+        raise RaydeepError(f"{run.name}: no finished trial {trial} (no {file.relative_to(run.path)})")
     rows = [row for row in read_lines(run.path / "ledger.jsonl") if row.get("trial") == trial]
     if rows and rows[-1].get("artifact_sha256") != sha256_file(file):
         raise RaydeepError(f"{file}: not the file that trial {trial} wrote (its sha256 differs from the ledger's)")
@@ -185,7 +190,8 @@ def export(run: Run, trial: int, ui: Ui) -> Path:
     from raydeep.data import shards, splits
     from raydeep.deploy import verify
 
-    dataset = Path(read_json(run.path / "provenance.json").get("dataset", {}).get("path", ""))
+    dataset = mirror.place(read_json(run.path / "provenance.json").get("dataset", {}).get("path", ""))
+    mirror.pull(dataset)
     with run.locked(), ui.stage("export") as stage:
         data = splits.read_dataset(shards.load_manifest(dataset, check_hashes=True), run.job.data)
         candidate = export_trial(run, trial, data)
@@ -196,5 +202,6 @@ def export(run: Run, trial: int, ui: Ui) -> Path:
             f"{candidate.folder.name}: {facts['test_accuracy']:.2%} test accuracy, {facts['bytes']:,} bytes, "
             f"{facts['latency_ratio']:.2f}× the speed of the dense model"
         )
-    ui.say(f"model      {candidate.folder}")
+    mirror.push_folder(candidate.folder, last="SHA256SUMS")
+    ui.say(f"model      {mirror.name(candidate.folder)}")
     return candidate.folder

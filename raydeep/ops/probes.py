@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from raydeep import mirror
 from raydeep.errors import RaydeepError
 from raydeep.ops import nodefacts
 
@@ -184,10 +185,10 @@ def plan_data(job: dict[str, Any], storage: str) -> dict[str, Any]:
     cfg = Data.model_validate(job["data"])
     plan: dict[str, Any] = {"data": job["data"], "shards": None, "resident_bytes": 0, "streamed": False, "error": None}
     try:
-        folder = shards.dataset_folder(cfg, Path(storage))
-        if (folder / "dataset.json").is_file():
-            plan["shards"] = str(folder)
-            manifest = shards.load_manifest(folder)
+        folder = shards.dataset_folder(cfg, mirror.place(storage))
+        if mirror.fetch(folder / "dataset.json"):
+            plan["shards"] = mirror.name(folder)
+            manifest = shards.open_manifest(folder)
             if splits.is_resident(manifest, cfg):
                 plan["resident_bytes"] = splits.decoded_bytes(manifest, cfg)
             else:
@@ -210,10 +211,11 @@ def read_data(plan: dict[str, Any]) -> str:
         import pyarrow.parquet as pq
 
         from raydeep.data import shards
+        from raydeep.data.files import Files
 
-        manifest = shards.load_manifest(Path(plan["shards"]))
+        manifest = shards.open_manifest(mirror.place(plan["shards"]))
         for split in manifest.splits:
-            with pq.ParquetFile(manifest.files(split)[0]) as file:
+            with Files(plan["shards"]).open(manifest.files(split)[0].name) as source, pq.ParquetFile(source) as file:
                 file.read_row_group(0, columns=["label"])
         return f"shards of {sum(manifest.rows(split) for split in manifest.splits):,} pictures in {plan['shards']}"
     if cfg.source in ("digits", "synthetic"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raydeep import mirror
 from raydeep.config import Job
 from raydeep.errors import RaydeepError
 from raydeep.ops.console import Stage, Ui
@@ -96,7 +98,6 @@ def search(
     from raydeep.search import tune
     from raydeep.search.engine import Engine
     from raydeep.search.ledger import Ledger
-    from raydeep.search.trial import settle
 
     file = run.model("dense") / "model.safetensors"
     dump = job.model_dump(mode="json")["search"]
@@ -118,7 +119,8 @@ def search(
 
         engine = Engine(job, ledger, reference, on_row)
         loggers = tune.callbacks(job, run.path.name)
-        tune.run_trials(engine, run.path, shared, common.sent(), concurrent, loggers)
+        with mirror.kept(ledger.path):
+            tune.run_trials(engine, run.path, shared, common.sent(), concurrent, loggers)
         done, failed = ledger.done(), ledger.failed()
         told = f" ({engine.stopped})" if engine.stopped else ""
         stage.text = f"{len(done)} trials finished, {len(failed)} failed{told}"
@@ -126,13 +128,27 @@ def search(
             reason = failed[0]["error"].strip().splitlines()[-1] if failed else "no trial ran"
             raise RaydeepError(
                 f"{len(failed)} trials failed (search.max_failed {job.search.max_failed}): {reason}; tracebacks "
-                f"are in {ledger.path}; once mended, start anew with --from {run.path}"
+                f"are in {mirror.name(ledger.path)}; once mended, start anew with --from {run.name}"
             )
         if not engine.finished:
             raise KeyboardInterrupt  # Ray Tune ends quietly on Ctrl-C, its front would be that of a part
-    for row in done:
-        settle(run.path, row["trial"], row["rung"])
+    settle_all(run.path, done)
     return done
+
+
+def settle_all(run: Path, done: list[dict[str, Any]]) -> None:
+    """Each finished trial keeps the files of its best rung; from a bucket they are fetched."""
+    from raydeep.search.trial import OF_A_RUNG, SETTLED, settle
+    from raydeep.search.work import label
+
+    wanted = {
+        f"{label(row['trial'])}/{name}"
+        for row in done
+        for name in [*SETTLED, *(kind.format(row["rung"]) for kind in OF_A_RUNG)]
+    }
+    mirror.pull(run / "trials", lambda name: name in wanted)
+    for row in done:
+        settle(run, row["trial"], row["rung"])
 
 
 def show(stage: Stage, engine: Engine) -> None:
@@ -165,10 +181,24 @@ def words(name: str, value: Any) -> str:
     return f"{value:.3g} ms" if name == "latency_ms" else f"{value:,}"
 
 
+GONE_ON_FROM = ("state-*.safetensors", "checkpoints", "rung-*", "answer-*.json")
+
+
 def clean(run: Path) -> None:
     """Remove what trials would go on from: the search is over."""
     import shutil
 
-    for pattern in ("state-*.safetensors", "checkpoints", "rung-*", "answer-*.json"):
+    from raydeep.search.trial import OF_A_RUNG
+
+    for pattern in GONE_ON_FROM:
         for path in (run / "trials").glob(f"t*/{pattern}"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    trials = run / "trials"
+    if mirror.address(trials) is not None:
+        mirror.push_folder(trials)
+        over = [*GONE_ON_FROM, *(kind.format("*") for kind in OF_A_RUNG)]
+        mirror.forget(*{
+            trials / "/".join(name.split("/")[:2])
+            for name in mirror.names(trials)
+            if any(fnmatch(name, f"t*/{pattern}") or fnmatch(name, f"t*/{pattern}/*") for pattern in over)
+        })  # fmt: skip

@@ -41,7 +41,7 @@ def examine(facts: dict[str, Any], job: Job | None) -> list[Check]:
         found.append(health.clock(nodes, remote))
     if job is not None:
         found += [
-            checks.storage(nodes, path, facts.get("storage_error") or ""),
+            checks.storage(nodes, path, facts.get("storage_error") or "", remote),
             checks.dataset(nodes, data.get("error")),
             placement(job, nodes, alone=facts["gcs"] is None, streamed=data.get("streamed", False)),
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+from raydeep import mirror
+from raydeep.errors import StorageError
 from raydeep.run import write_json
 from raydeep.search.engine import Engine
 from raydeep.search.work import Work
@@ -59,6 +62,8 @@ class ParetoHalving(TrialScheduler):
         told = [sum(age > grace for age in ages) for grace in GRACE_S]
         if told != self.told:
             write_json(self.file, told)
+            with suppress(StorageError):  # then some processes are not waited for
+                mirror.push(self.file)
             self.told = told
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -48,12 +49,21 @@ NEEDS = {  # module, what has it
 }  # fmt: skip
 
 
-def check(names: Sequence[str]) -> None:
-    """Refuse trackers whose package is missing, before anything starts.
+def check(names: Sequence[str], shared: bool = True) -> None:
+    """Refuse trackers whose package or place is missing, before anything starts.
+
+    Args:
+        names: of the trackers.
+        shared: whether the storage is a folder and no bucket.
 
     Raises:
         RaydeepError: with the command that installs it.
     """
+    if "mlflow" in names and not shared and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise RaydeepError(
+            "search.track mlflow: its database can't be kept in a bucket; set MLFLOW_TRACKING_URI to a server, or "
+            "storage to a folder"
+        )
     for name in names:
         module, package = NEEDS[name]
         found = importlib.util.find_spec(module)

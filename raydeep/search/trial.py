@@ -8,12 +8,15 @@ import os
 import shutil
 import time
 import traceback
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raydeep import mirror
 from raydeep.config import Job
+from raydeep.errors import StorageError
 from raydeep.run import read_json, write_bytes, write_json
 from raydeep.search.work import Work, label
 
@@ -48,13 +51,15 @@ def load_predictions(folder: Path, name: str = "predictions") -> dict[str, np.nd
 
 OF_A_RUNG = ("model-{}.rdz", "predictions-{}.safetensors", "sensitivity-{}.json")  # kept until the search is over
 
+SETTLED = tuple(name.replace("-{}", "") for name in OF_A_RUNG)
+
 
 def settle(run: Path, trial: int, rung: int) -> None:
     """A trial is over and the model of this rung is its own: the files lose their number, those of other rungs go."""
     folder = trial_folder(run, trial)
-    for name in OF_A_RUNG:
+    for name, settled in zip(OF_A_RUNG, SETTLED, strict=True):
         if (folder / name.format(rung)).exists():
-            os.replace(folder / name.format(rung), folder / name.replace("-{}", ""))
+            os.replace(folder / name.format(rung), folder / settled)
         for other in folder.glob(name.format("*")):
             other.unlink()
 
@@ -96,7 +101,11 @@ class Bench:
         self.predicted.clear()
         try:
             measured = self._train(work) if self.job.search.trains else self._compress(work)
+            if self.keeps:
+                mirror.push_folder(trial_folder(self.run, work.trial))
             found = {"status": "done", "error": None, **measured}
+        except StorageError:  # not the trial's fault: another process, perhaps of another node, tries again
+            raise
         except Exception:  # whatever one trial does, the search goes on; the traceback is in the ledger
             found = {"status": "failed", "error": traceback.format_exc(limit=8)}
         return {**found, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
@@ -108,13 +117,15 @@ class Bench:
 
         folder = self.folder(work)
         if work.before:
+            mirror.fetch(folder / f"state-{work.rung - 1}.safetensors")
             before = state.read(folder / f"state-{work.rung - 1}.safetensors")
             made, start = self._make(work, work.epochs - work.before, self.common.dense, before), work.start
         else:
             made, start = self._begin(work)
         if work.epochs and self.keeps:
             write_bytes(folder / f"state-{work.rung}.safetensors", state.to_bytes(made.state))
-            (folder / f"state-{work.rung - 2}.safetensors").unlink(missing_ok=True)
+            if work.rung > 1:
+                mirror.drop(folder / f"state-{work.rung - 2}.safetensors")
         return {"start": start, **self._keep(work, made)}
 
     def _begin(self, work: Work) -> tuple[Made, str]:
@@ -151,8 +162,10 @@ class Bench:
 
         if name == "dense":
             return self.common.dense
-        files = sorted(trial_folder(self.run, name).glob("state-*.safetensors"), key=lambda f: int(f.stem[6:]))
-        found = state.read(files[-1]).dense() if files else None
+        folder = trial_folder(self.run, name)
+        files = [folder / file for file in mirror.names(folder) if fnmatch(file, "state-*.safetensors")]
+        newest = max(files, key=lambda file: int(file.stem[6:]), default=None)
+        found = state.read(newest).dense() if newest is not None and mirror.fetch(newest) else None
         return None if found is None else Dense(*found)
 
     def _accuracy(self, made: Made) -> float:
@@ -208,6 +221,7 @@ class Bench:
         if work.donor is None:
             return own, "scratch"
         theirs = trial_folder(self.run, work.donor) / f"rung-{work.rung - 1}"
+        mirror.pull(theirs, exact=True)
         if not theirs.exists():
             return own, "scratch"
         cut_off = own is not None and (own.moment.epoch > work.before or own.moment.step)  # inside this rung
@@ -215,7 +229,7 @@ class Bench:
 
     @staticmethod
     def _keep_rung(path: Path, folder: Path, rung: int) -> None:
-        shutil.rmtree(folder / f"rung-{rung - KEPT}", ignore_errors=True)
+        mirror.drop(folder / f"rung-{rung - KEPT}")
         target, aside = folder / f"rung-{rung}", folder / f".rung-{rung}.part"
         if not target.exists():
             shutil.rmtree(aside, ignore_errors=True)
@@ -231,8 +245,9 @@ class Bench:
             return folder
         file = folder / "config.json"
         about = {"seed": work.seed, "config": work.values}
+        mirror.pull(folder, lambda name: name == file.name, exact=True)
         if work.rung == 0 and folder.exists() and not (file.exists() and read_json(file) == about):
-            shutil.rmtree(folder)
+            mirror.drop(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, about)
         return folder
@@ -287,6 +302,7 @@ class Bench:
 
         aside = folder / ".latency"
         shutil.rmtree(aside, ignore_errors=True)
+        mirror.pull(self.run / "models" / "dense")
         try:
             export.write_model(aside, packed, sample=forms.sample(self.data, predicted), cfg=self.job.export)
             calls = [open_onnx(path / "model.onnx") for path in (self.run / "models" / "dense", aside)]

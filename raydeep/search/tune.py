@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import tune
 
+from raydeep import mirror
 from raydeep.config import Job
+from raydeep.errors import StorageError
 from raydeep.run import read_json, usable_cores, write_json
 from raydeep.search.engine import Engine
 from raydeep.search.scheduler import LIVES, START_S, ParetoHalving, Proposer
@@ -63,9 +67,11 @@ class TrialActor(tune.Trainable):
         """
         end, which = time.monotonic() + START_S, 1 if self.started else 0
         self.started = True
-        file = Path(self.shared["starting"])
-        while file.exists() and read_json(file)[which] and time.monotonic() < end:
-            time.sleep(0.05)
+        file = mirror.place(self.shared["starting"])
+        beat = 0.05 if mirror.address(file) is None else 0.5
+        with suppress(StorageError):  # then nobody is waited for
+            while (told := mirror.read(file)) and json.loads(told)[which] and time.monotonic() < end:
+                time.sleep(beat)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: a rung leaves what the next one goes on from in the trial's folder."""
@@ -81,7 +87,9 @@ def _bench(shared: dict[str, Any], job: Job, threads: int) -> Bench:
     device = "cuda" if job.scaling.use_gpu else "cpu"
     data = shared["data"].get()
     limit_memory(job.search.trial_memory_bytes)
-    return Bench(job, Path(shared["run"]), data, shared["common"].receive(data, device), shared["dense"], device)
+    return Bench(
+        job, mirror.place(shared["run"]), data, shared["common"].receive(data, device), shared["dense"], device
+    )
 
 
 # a trial on several workers
@@ -93,23 +101,24 @@ def _on_workers(work: Work, job: Job, shared: dict[str, Any]) -> dict[str, Any]:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     begun = time.perf_counter()
-    folder = trial_folder(Path(shared["run"]), work.trial)
-    answer = folder / f"answer-{work.rung}.json"
-    answer.unlink(missing_ok=True)
+    run = mirror.place(shared["run"])
+    answer = trial_folder(run, work.trial) / f"answer-{work.rung}.json"
+    mirror.drop(answer)
     scaling = job.scaling
     name = f"{label(work.trial)}-{work.rung}-{time.time_ns():x}"
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"work": work._asdict(), "shared": shared, "answer": str(answer)},
+        train_loop_config={"work": work._asdict(), "shared": shared, "answer": mirror.name(answer)},
         scaling_config=ScalingConfig(
             num_workers=job.search.workers_per_trial, use_gpu=scaling.use_gpu,
             resources_per_worker={"CPU": scaling.cpus_per_worker, **({"GPU": 1} if scaling.use_gpu else {})},
         ),
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
-        run_config=RunConfig(name=name, storage_path=str(Path(shared["run"]) / "ray")),
+        run_config=RunConfig(name=name, storage_path=str(run / "ray")),
     )  # fmt: skip
     try:
         trainer.fit()
+        mirror.fetch(answer)
         found: dict[str, Any] = read_json(answer)
     except Exception as err:  # as Bench.do: the search goes on
         found = {"status": "failed", "error": f"{type(err).__name__}: {err}", "seconds": 0.0, "cpu_seconds": 0.0}
@@ -135,7 +144,9 @@ def _work(config: dict[str, Any]) -> None:
     seconds: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(seconds, found["cpu_seconds"])
     if bench.keeps:
-        write_json(Path(config["answer"]), {**found, "cpu_seconds": sum(seconds)})
+        answer = mirror.place(config["answer"])
+        write_json(answer, {**found, "cpu_seconds": sum(seconds)})
+        mirror.push(answer)
     dist.barrier()
 
 
@@ -199,8 +210,9 @@ def run_trials(
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, room()))  # all may start at once; `room` bounds them
     scheduler = ParetoHalving(engine, room, starting)
     trainable = tune.with_parameters(
-        actor, job=job.model_dump(mode="json"), run=str(run), data=data, common=common, dense=dict(engine.dense),
-        starting=str(starting), threads=max(1, usable_cores() // concurrent) if alone else 1,
+        actor, job=job.model_dump(mode="json"), run=mirror.name(run), data=data, common=common,
+        dense=dict(engine.dense), starting=mirror.name(starting),
+        threads=max(1, usable_cores() // concurrent) if alone else 1,
     )  # fmt: skip
     gpu = {"gpu": cfg.gpus_per_trial} if job.scaling.use_gpu and alone else {}
     tuner = tune.Tuner(

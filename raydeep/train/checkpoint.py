@@ -12,6 +12,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +24,14 @@ from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from raydeep.errors import RaydeepError, TrainError
+from raydeep import mirror
+from raydeep.errors import RaydeepError, StorageError, TrainError
 from raydeep.run import read_json, sha256_file, write_bytes, write_json
 from raydeep.train.average import Average
 
 FORMAT = 3
 PATTERN = "step-*"
+STATE = "state.json"  # the last file that is written
 
 
 class Moment(NamedTuple):
@@ -208,18 +211,24 @@ class Saver:
 
     def _write(self, moment: Moment, tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
         final = self.folder / f"step-{moment.global_step:09d}"
-        aside = self.folder / f".{final.name}.part"
+        apart = self.group is not None and mirror.address(self.folder) is not None  # no one sees the others' files
+        aside = final if apart else self.folder / f".{final.name}.part"
         error: str | None = None
+        parts: dict[str, str] | None = None
         try:
+            if apart and self.rank == 0:  # before dcp.save, which no one leaves before all have come
+                mirror.drop(final)
             if self.sharded:
                 writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
                 dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
             else:
                 aside.mkdir(parents=True, exist_ok=True)
                 write_bytes(aside / "tensors.safetensors", save_tensors(tensors))
+            if apart:
+                parts = self._push_part(final)
             try:
                 if self.rank == 0:
-                    self._commit(final, aside, moment, plain)
+                    self._commit(final, aside, moment, plain, parts)
             except Exception as err:
                 error = self._explain(err)
             if self.group is not None:  # every worker must know, or the others save alone next time
@@ -232,16 +241,38 @@ class Saver:
             shutil.rmtree(aside, ignore_errors=True)
             self.error = error
 
-    def _commit(self, final: Path, aside: Path, moment: Moment, plain: dict[str, Any]) -> None:
-        files = sorted(aside.glob("*.safetensors"))
+    def _push_part(self, final: Path) -> dict[str, str]:
+        """Push what this worker has written, for no other node sees it; gives the checksums of all workers' files."""
+        mine: dict[str, str] = {}
+        error = ""
+        try:
+            for file in final.glob(f"shard-{self.rank + 1:05d}-*.safetensors"):
+                mine[file.name] = sha256_file(file)
+                mirror.push(file)
+                file.unlink()  # read from the bucket, if ever
+        except (OSError, RaydeepError) as err:
+            error = str(err)
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, (mine, error), group=self.group)
+        for _, failed in told:
+            if failed:
+                raise StorageError(failed)
+        return {name: digest for sums, _ in told for name, digest in sums.items()}
+
+    def _commit(
+        self, final: Path, aside: Path, moment: Moment, plain: dict[str, Any], parts: dict[str, str] | None
+    ) -> None:
+        files = sorted(aside.glob("*.safetensors")) if parts is None else []
         if self.sharded:
             for file in files:
                 with file.open("rb+") as handle:
                     os.fsync(handle.fileno())
-        sums = {file.name: sha256_file(file) for file in files}
-        write_json(aside / "state.json", {"format": FORMAT, "moment": moment._asdict(), **plain, "sha256": sums})
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(aside, final)
+        sums = {file.name: sha256_file(file) for file in files} if parts is None else parts
+        write_json(aside / STATE, {"format": FORMAT, "moment": moment._asdict(), **plain, "sha256": sums})
+        if aside != final:
+            mirror.drop(final)
+            os.rename(aside, final)
+        mirror.push_folder(final, last=STATE)
         self._drop_old(final)
 
     def _drop_old(self, final: Path) -> None:
@@ -252,7 +283,7 @@ class Saver:
             kept.add(max(scores, key=lambda path: (scores[path], path.name)))
         for path in _all(self.folder):
             if path not in kept:  # a later one was passed over as torn, and training goes on from before it
-                shutil.rmtree(path, ignore_errors=True)
+                mirror.drop(path)
 
     def _explain(self, err: Exception) -> str:
         seen: BaseException | None = err
@@ -260,22 +291,36 @@ class Saver:
         if failures:
             seen = next(iter(failures.values()))[0]
         full = getattr(seen, "errno", None) == errno.ENOSPC or "No space left" in str(seen)
-        what = "no space left on the device" if full else f"{type(seen).__name__}: {seen}"
-        there = latest(self.folder)
+        what = str(seen) if isinstance(seen, RaydeepError) else f"{type(seen).__name__}: {seen}"
+        what = "no space left on the device" if full else what
+        try:
+            there = latest(self.folder)
+        except StorageError:
+            return f"a checkpoint can't be written: {what}; then go on with --resume {mirror.name(self.folder.parent)}"
         left = f"the last one, of step {there.moment.global_step}, is whole" if there else "there is none before it"
         return (
-            f"{self.folder}: the checkpoint can't be written: {what}; {left}. "
-            f"{'Free space' if full else 'Mend that'}, then go on with --resume {self.folder.parent}"
+            f"{mirror.name(self.folder)}: the checkpoint can't be written: {what}; {left}. "
+            f"{'Free space' if full else 'Mend that'}, then go on with --resume {mirror.name(self.folder.parent)}"
         )
 
 
 def _all(folder: Path) -> list[Path]:
+    if mirror.address(folder) is not None:  # where others may have written them; each is there when its state is
+        return [(folder / name).parent for name in mirror.names(folder) if fnmatch(name, f"{PATTERN}/{STATE}")]
     return sorted(folder.glob(PATTERN))
+
+
+def fetch(path: Path) -> None:
+    """Bring a checkpoint to this node, where it is kept in a bucket; other workers of the node wait for it."""
+    if mirror.address(path) is not None:
+        with mirror.alone(path):
+            mirror.pull(path, exact=True)
 
 
 def _score(path: Path) -> float | None:
     try:
-        return read_json(path / "state.json")["moment"]["score"]
+        mirror.fetch(path / STATE)
+        return read_json(path / STATE)["moment"]["score"]
     except (RaydeepError, OSError, KeyError, TypeError):
         return None
 
@@ -283,6 +328,7 @@ def _score(path: Path) -> float | None:
 def latest(folder: Path, say: Callable[[str], None] | None = None) -> Checkpoint | None:
     """The newest whole checkpoint; `say` is told of each that is torn or changed and so passed over."""
     for path in reversed(_all(folder)):
+        fetch(path)
         try:
             return load(path, check=True)
         except (OSError, RaydeepError, KeyError, TypeError, ValueError, AttributeError) as err:
@@ -297,7 +343,7 @@ def _reason(err: Exception) -> str:
 
 def load(path: Path, check: bool = False) -> Checkpoint:
     """A checkpoint by its folder; its files are hashed if `check`."""
-    state = read_json(path / "state.json")
+    state = read_json(path / STATE)
     if state.get("format") != FORMAT:
         raise RaydeepError(f"format {state.get('format')}, this version reads {FORMAT}")
     moment = Moment(**state["moment"])

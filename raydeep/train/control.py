@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from raydeep.errors import RaydeepError, TrainError
+from raydeep import mirror
+from raydeep.errors import RaydeepError, StorageError, TrainError
 from raydeep.run import read_json, write_json
 from raydeep.train.parallel import rank_world
 
 BEAT_S = 1.0  # between two lines of a worker's whereabouts
+PUSH_S = 30.0  # the same, where they must be pushed for other nodes to see them
 
 
 class Wish(NamedTuple):
@@ -95,6 +97,7 @@ class Watch:
         self.thread_id = threading.get_ident()
         self.stage, self.step, self.since = "starting", 0, time.monotonic()
         self.done = threading.Event()
+        self.pushed = -PUSH_S
         folder.mkdir(parents=True, exist_ok=True)
         self.before, self.file = self._open(folder / f"rank-{self.rank}.step")
         self._tell()
@@ -117,8 +120,12 @@ class Watch:
     @staticmethod
     def _open(path: Path) -> tuple[int, int]:
         """The step that an attempt before this one reached (0: none), and the file to write this one's to."""
+        reached = 0
+        if mirror.address(path) is not None:  # what is on this node: a rank may have moved here or away
+            steps = [int.from_bytes(other.read_bytes(), "little") for other in path.parent.glob("rank-*.step")]
+            reached = max(steps, default=0)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        return int.from_bytes(os.pread(file, 8, 0), "little"), file
+        return max(reached, int.from_bytes(os.pread(file, 8, 0), "little")), file
 
     def _run(self) -> None:
         while not self.done.wait(min(BEAT_S, self.timeout_s / 4)):
@@ -130,6 +137,13 @@ class Watch:
     def _tell(self) -> None:
         with suppress(OSError):  # a full disk is told by what must be written, not by this
             write_json(self.folder / f"rank-{self.rank}.json", self._where())
+        if time.monotonic() - self.pushed >= PUSH_S:
+            self._push(f"rank-{self.rank}.json")
+
+    def _push(self, name: str) -> None:
+        self.pushed = time.monotonic()
+        with suppress(OSError, StorageError):
+            mirror.push(self.folder / name)
 
     def _where(self) -> dict[str, Any]:
         return {
@@ -142,9 +156,13 @@ class Watch:
         stack = traceback.format_stack(frame) if frame is not None else []
         with suppress(OSError):
             write_json(self.folder / f"rank-{self.rank}.json", {**self._where(), "stack": stack})
+        self._push(f"rank-{self.rank}.json")
         time.sleep(3 * min(BEAT_S, self.timeout_s / 4))  # for the others to write theirs
+        with suppress(OSError, StorageError):
+            mirror.pull(self.folder, lambda name: name.startswith("rank-"))
         with suppress(OSError):
             write_json(self.folder / "stalled.json", {"timeout_s": self.timeout_s, "workers": whereabouts(self.folder)})
+        self._push("stalled.json")
         self.end(75)
 
 

@@ -11,9 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from raydeep import mirror
 from raydeep.config import Job, Scaling
-from raydeep.errors import RaydeepError, TrainError
-from raydeep.run import Run, read_json, read_lines, usable_cores
+from raydeep.errors import RaydeepError, StorageError, TrainError
+from raydeep.run import Run, parse_lines, read_json, usable_cores
 from raydeep.train import control
 
 UNUSED_CALLBACKS = ("DatasetsCallback", "PlacementGroupCleanerCallback", "PreemptionCallback")
@@ -47,10 +48,11 @@ def train(
     for old in workers.glob("*"):
         if old.suffix != ".step":  # that of the last attempt is told as what is done again
             old.unlink()
+    mirror.forget(workers)
     trainer = _trainer(workers)(
         worker.work,
         train_loop_config={
-            "job": job.model_dump(mode="json"), "run": str(run.path), "data": data, "spec": spec, "distill": distill,
+            "job": job.model_dump(mode="json"), "run": run.name, "data": data, "spec": spec, "distill": distill,
         },
         scaling_config=ScalingConfig(
             num_workers=_number(scaling),  # type: ignore[arg-type]
@@ -66,7 +68,8 @@ def train(
             failure_config=FailureConfig(max_failures=scaling.max_failures),
         ),
     )  # fmt: skip
-    with follow([run.path / "metrics.jsonl", run.path / "attempts.jsonl"], on_line):
+    lines = ["metrics.jsonl", "attempts.jsonl"]
+    with follow([run.path / name for name in lines], on_line):
         try:
             with _own_signals():
                 trainer.fit()
@@ -74,7 +77,10 @@ def train(
             signal.raise_signal(trainer.stopped_by or signal.SIGINT)
             raise KeyboardInterrupt from None
         except Exception as err:
+            with suppress(StorageError):
+                mirror.pull(workers)
             raise _cause(err, workers) from err
+    mirror.pull(run.path, lambda name: name in lines or name.startswith("workers/"))
     if (workers / "stalled.json").exists():
         raise TrainError(control.say_stall(read_json(workers / "stalled.json")))
     if (workers / "error.json").exists():
@@ -113,10 +119,11 @@ def _trainer(workers: Path) -> Any:
                 ask, end = workers / "ask", time.monotonic() + SAVE_FIRST_S
                 if self.stopped_by is None:
                     self.stopped_by = signal.Signals(number)
-                    with suppress(OSError):
-                        ask.touch()
-                    while ask.exists() and time.monotonic() < end:
-                        time.sleep(0.05)
+                    with suppress(OSError, StorageError):
+                        ask.write_bytes(b"save")
+                        mirror.push(ask)
+                        while mirror.exists(ask) and time.monotonic() < end:
+                            time.sleep(0.05 if mirror.address(ask) is None else 0.5)
                 stop(signal.SIGINT, frame)
 
             signal.signal(signal.SIGINT, save_then_stop)
@@ -169,16 +176,21 @@ def follow(paths: list[Path], on_line: OnLine | None) -> Iterator[None]:
     if on_line is None:
         yield
         return
-    seen = {path: len(read_lines(path)) for path in paths}
+    seen = {path: len(parse_lines(mirror.read(path) or b"")) for path in paths}
     stop = threading.Event()
+    beat = 0.25 if mirror.address(paths[0]) is None else 1.0
+
+    def look() -> None:
+        for path in paths:
+            for line in parse_lines(mirror.read(path) or b"")[seen[path] :]:
+                seen[path] += 1
+                on_line(line)
 
     def watch() -> None:
         while True:
-            last = stop.wait(0.25)
-            for path in paths:
-                for line in read_lines(path)[seen[path] :]:
-                    seen[path] += 1
-                    on_line(line)
+            last = stop.wait(beat)
+            with suppress(StorageError):  # seen a second later, or after the training
+                look()
             if last:
                 return
 

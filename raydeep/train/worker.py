@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import secrets
@@ -16,8 +17,9 @@ from typing import Any
 
 import torch
 
+from raydeep import mirror
 from raydeep.config import Job
-from raydeep.errors import TrainError
+from raydeep.errors import StorageError, TrainError
 from raydeep.run import append_line, read_json, read_lines, usable_cores, write_bytes, write_json
 from raydeep.train import checkpoint, losses, parallel
 from raydeep.train.control import Control, Votes, Watch, Wish
@@ -27,6 +29,8 @@ SAVE_FIRST_S = 20.0  # most that a shutdown waits for a checkpoint
 AGAIN_S = 5.0  # between checkpoints while a node is about to go
 PAUSE_S = 5.0  # after a checkpoint that the driver asked for
 LOOK_S = 0.2  # between looks for the driver's file
+LOOK_FAR_S = 1.0  # the same where it is in a bucket
+OF_RUN = ("metrics.jsonl", "attempts.jsonl")  # what worker 0 appends to
 RESERVE = 64 * 1024  # bytes kept to write the error of a full disk
 
 
@@ -39,6 +43,7 @@ class _Notices:
         self.draining_at = self.looked_at = 0.0
         self.ask: Path | None = None  # the driver's file: it is there while a checkpoint is waited for
         self.asked_at: int | None = None  # saver.started, then
+        self.asked_far = threading.Event()  # it was seen in the bucket
 
     def wishes(self) -> Wish:
         """See Control.wishes."""
@@ -50,12 +55,21 @@ class _Notices:
             self.looked_at = now
             if self.asked_at is not None:
                 if self.saver.started > self.asked_at and not self.saver.busy():
-                    self.ask.unlink(missing_ok=True)
+                    with suppress(StorageError):  # the driver waits so much longer
+                        mirror.drop(self.ask)
+                    self.asked_far.clear()
                     self.asked_at = None
                     time.sleep(PAUSE_S)  # the driver stops the run now: steps done meanwhile would be lost
-            elif self.saver.rank == 0 and self.ask.exists():
+            elif self.saver.rank == 0 and (self.ask.exists() or self.asked_far.is_set()):
                 self.asked_at, save = self.saver.started, True
         return Wish(save, self.leave.is_set())
+
+    def look_far(self, ask: Path, done: threading.Event) -> None:
+        """Look for the driver's file in the bucket: in a thread, so that no step waits for the answer."""
+        while not done.wait(LOOK_FAR_S):
+            with suppress(StorageError):
+                if mirror.exists(ask):
+                    self.asked_far.set()
 
 
 NOTICES = _Notices()
@@ -81,25 +95,40 @@ def save_first() -> None:
     before, end = saver.started, time.monotonic() + SAVE_FIRST_S
     failed = saver.folder.parent / "workers"
     NOTICES.save.set()
+    beat = 0.02 if mirror.address(failed) is None else LOOK_FAR_S
+    look = 0.0
     while NOTICES.saver is saver and saver.started == before and time.monotonic() < end:
-        if any(failed.glob("failed-*.json")):  # one has raised: the others wait for it in a collective
-            return
+        if time.monotonic() >= look:
+            if _failed(failed):  # one has raised: the others wait for it in a collective
+                return
+            look = time.monotonic() + beat
         time.sleep(0.02)
     saver.wait()
+
+
+def _failed(workers: Path) -> list[str]:
+    """Notes of workers that have raised."""
+    with suppress(StorageError):
+        return [name for name in mirror.names(workers) if fnmatch.fnmatch(name, "failed-*.json")]
+    return []
 
 
 def work(config: dict[str, Any]) -> None:
     """Train on this worker; a TrainError, which all workers raise alike, is left in `workers/error.json`."""
     import ray.train
 
-    folder = Path(config["run"])
-    if (folder / "workers" / "stalled.json").exists():  # Ray has started the group anew after a stall ended it
-        return
+    folder = mirror.place(config["run"])
+    with suppress(StorageError):  # `probe` tells of it
+        if mirror.exists(folder / "workers" / "stalled.json"):  # Ray has started the group anew after a stall ended it
+            return
     job = Job.model_validate(config["job"])
     context = ray.train.get_context()
     torch.set_num_threads(max(1, usable_cores() // context.get_local_world_size()))
     rank = context.get_world_rank()
     watch = Watch(folder / "workers", job.scaling.stall_timeout_s, socket.gethostname())
+    done, ask = threading.Event(), folder / "workers" / "ask"
+    if rank == 0 and mirror.address(ask) is not None:
+        threading.Thread(target=NOTICES.look_far, args=(ask, done), daemon=True, name="ask").start()
     try:
         _train(job, folder, config, watch, context.get_local_world_size())
     except TrainError as err:
@@ -110,10 +139,12 @@ def work(config: dict[str, Any]) -> None:
             "rank": rank, "time": time.time(), "step": watch.step, "stage": watch.stage,
             "error": f"{type(err).__name__}: {err}", "traceback": traceback.format_exc(),
         }  # fmt: skip
-        _note(folder / "workers", f"failed-{rank}.json", told)
+        with suppress(StorageError):  # it may be what is told
+            _note(folder / "workers", f"failed-{rank}.json", told)
         raise
     finally:
         NOTICES.saver = None
+        done.set()
         watch.close()
     ray.train.report({"done": 1})
 
@@ -121,6 +152,7 @@ def work(config: dict[str, Any]) -> None:
 def _note(folder: Path, name: str, value: dict[str, Any]) -> None:
     (folder / ".reserve").unlink(missing_ok=True)  # room for this on a full disk
     write_json(folder / name, value)
+    mirror.push(folder / name)
 
 
 def _train(job: Job, folder: Path, config: dict[str, Any], watch: Watch, local: int) -> None:
@@ -158,6 +190,7 @@ def _train(job: Job, folder: Path, config: dict[str, Any], watch: Watch, local: 
     def on_epoch(metrics: dict[str, Any]) -> None:
         if rank == 0:
             append_line(folder / "metrics.jsonl", {"stage": "train", **metrics})
+            mirror.push(folder / "metrics.jsonl")
 
     loss: Any = losses.cross_entropy(cfg.label_smoothing)
     if config["distill"] is not None:
@@ -181,22 +214,29 @@ def probe(folder: Path, votes: Votes, node: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         mine.write_bytes(os.urandom(4096))
+        mirror.push(mine)
     except OSError as err:
         error = f"{node or 'this node'} can't write there: {err.strerror}"
+    except StorageError as err:
+        error = str(err)
     names = votes.gather((mine.name, node, error))
-    unseen = [other for name, other, failed in names if not failed and not (folder / name).exists()]
+    unseen = []
+    with suppress(StorageError):  # told by its error above
+        unseen = [other for name, other, failed in names if not failed and not mirror.exists(folder / name)]
     told = votes.gather((node, unseen))
     votes.gather(None)  # nobody removes a file that another still looks for
-    with suppress(OSError):
-        mine.unlink()
+    with suppress(OSError, StorageError):
+        mirror.drop(mine)
     errors = [failed for _, _, failed in names if failed]
+    if errors and mirror.address(folder) is not None:
+        raise TrainError(errors[0])
     if errors:
         raise TrainError(f"storage {folder}: {errors[0]}; free space, or set storage=FOLDER that every node can write")
     blind = sorted({f"{seer} does not see what {other} writes" for seer, others in told for other in others})
     if blind:
         raise TrainError(
-            f"storage {folder} is not shared by all nodes: {'; '.join(blind[:4])}; set storage=FOLDER to one that "
-            f"every node mounts, or scaling.workers so that one node suffices"
+            f"storage {mirror.name(folder)} is not shared by all nodes: {'; '.join(blind[:4])}; set storage=FOLDER to "
+            f"one that every node mounts, or storage=s3://BUCKET/FOLDER, or scaling.workers so that one node suffices"
         )
 
 
@@ -214,31 +254,42 @@ def _resume(folder: Path, votes: Votes, node: str, before: int) -> checkpoint.Ch
     """The checkpoint to go on from, found by worker 0; it also tidies up and notes the attempt."""
     rank, world = parallel.rank_world()
     nodes = votes.gather(node)
-    path: Path | None = None
+    name: str | None = None
+    if mirror.address(folder) is not None:  # each worker knows of the steps of its own node alone
+        before = max(votes.gather(before))
+        for old in (folder / "workers").glob("failed-*.json"):
+            old.unlink(missing_ok=True)
     if rank == 0:
+        for lines in OF_RUN:
+            mirror.fetch(folder / lines)
         notes: list[str] = []
         found = checkpoint.latest(folder / "checkpoints", notes.append)
         checkpoint.clean(folder / "checkpoints")
         _forget(folder / "metrics.jsonl", found.moment.epoch if found else 0)
-        for old in (folder / "workers").glob("failed-*.json"):
-            old.unlink()
+        mirror.drop(*(folder / "workers" / name for name in _failed(folder / "workers")))
         (folder / "workers" / ".reserve").write_bytes(bytes(RESERVE))
         step = found.moment.global_step if found else 0
         append_line(folder / "attempts.jsonl", {
             "attempt": len(read_lines(folder / "attempts.jsonl")) + 1, "time": time.time(), "workers": world,
             "nodes": sorted(set(nodes)), "from_step": step, "reached_before": before, "notes": notes,
         })  # fmt: skip
-        path = found.path if found else None
-    path = votes.send(path)
-    return checkpoint.load(path) if path is not None else None
+        mirror.push(*(folder / lines for lines in OF_RUN if (folder / lines).exists()))
+        name = found.path.name if found else None
+    name = votes.send(name)
+    if name is None:
+        return None
+    checkpoint.fetch(folder / "checkpoints" / name)
+    return checkpoint.load(folder / "checkpoints" / name)
 
 
 def _origins(folder: Path, job: Job, rows: list[int]) -> list[str]:
     """Where rows of the train split come from."""
     from raydeep.data import shards, splits
 
-    path = read_json(folder / "provenance.json")["dataset"]["path"]
-    return splits.origins(shards.load_manifest(Path(path)), job.data, "train", rows)
+    mirror.fetch(folder / "provenance.json")
+    path = mirror.place(read_json(folder / "provenance.json")["dataset"]["path"])
+    mirror.pull(path)
+    return splits.origins(shards.load_manifest(path), job.data, "train", rows)
 
 
 def _forget(path: Path, epochs: int) -> None:
