@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -95,15 +96,15 @@ def plan_rows(sets: Sequence[str], worlds: Sequence[int], rounds: int) -> Iterat
                 peak = max(peak_mb(call) for call in (steps.sequence, steps.fetch))
                 kind = "streamed" if streamed else "resident"
                 yield harness.result(
-                    f"{name} rows, {kind}, {world} workers", total.median_s, "s an epoch", spread=total.spread,
-                    n=rounds, part="plan",
+                    f"{name} rows, {kind}, {world} worker{'s' * (world > 1)}", total.median_s, "s an epoch",
+                    spread=total.spread, n=rounds, part="plan",
                     columns={
                         "s an epoch, each worker": f"{total.median_s:.3g} ± {total.spread:.0%}",
                         "order of all rows": f"{timed['sequence'].median_s:.3g}",
                         "its hash": f"{timed['hashed'].median_s:.3g}",
                         "own shares, twice": f"{2 * timed['mine'].median_s:.3g}",
                         "own units": f"{timed['fetch'].median_s:.3g}" if streamed else "",
-                        "the same on every worker": f"{everyone / total.median_s:.0%}",
+                        "the same on every worker": f"{min(1.0, everyone / total.median_s):.0%}",
                         "peak, MB": f"{peak:.0f}",
                     },
                     peak_mb=peak, everyone_s=everyone,
@@ -171,7 +172,9 @@ def stream_rows(nodes: Sequence[int], rounds: int, units: int) -> Iterator[dict[
         with raylets(count):
             import ray  # reads the token's place when it is imported
 
+            on_term = signal.getsignal(signal.SIGTERM)
             ray.init(log_to_driver=False, logging_level="ERROR")
+            signal.signal(signal.SIGTERM, on_term)  # ray.init has put its own in place
             try:
                 for pixels, much in ((0, units), (UNIT_BYTES, max(4, units // 4))):
                     found = [streamed(count, much, 2 * CPUS, sleep_s, pixels) for _ in range(rounds)]
@@ -187,7 +190,8 @@ def _stream_row(nodes: int, found: list[list[Pulled]], units: int, sleep_s: floa
     cpu, away = sum(p.cpu for p in every) / (len(every) * units), sum(p.away for p in every) / (len(every) * units)
     size = f"units of {pixels >> 20} MiB" if pixels else "empty units"
     return harness.result(
-        f"{nodes} nodes, {size}", rates.median_s, "units/s", spread=rates.spread, n=len(found), part="stream",
+        f"{nodes} node{'s' * (nodes > 1)}, {size}", rates.median_s, "units/s", spread=rates.spread, n=len(found),
+        part="stream",
         columns={
             "units/s": f"{rates.median_s:.3g} ± {rates.spread:.0%}", "ideal": f"{ideal:.3g}",
             "efficiency": f"{rates.median_s / ideal:.0%}", "consumer, CPU ms a unit": f"{1e3 * cpu:.2f}",

@@ -48,9 +48,9 @@ class Measured(NamedTuple):
 
     decoded_s: float = 1390.0  # pictures a second and core, read, decoded and resized (ingest.json: 2,786 on two)
     unit_cpu_s: float = 0.004  # CPU seconds that Ray takes the consumer of a unit
-    away: float = 0.5  # units that are fetched on another node than they are needed on
-    order_s: float = 0.3  # seconds of an epoch that every worker plans, the same on all of them
-    hop_s: float = 50e-6  # a step of gloo's ring of votes
+    away: float = 0.2  # units that are fetched on another node than they are needed on
+    order_s: float = 0.083  # seconds of an epoch that every worker plans, the same on all of them
+    hop_s: float = 180e-6  # a step of gloo's ring of votes, between two processes of one machine
 
 
 def ring_s(size: float, members: int, bytes_s: float, hop_s: float = 0.0) -> float:
@@ -147,7 +147,7 @@ def cost(gpus: int, a: Assumed = Assumed(), m: Measured = Measured()) -> dict[st
         "pictures a second, all": images * nodes,
         "epoch, s": epoch,
         "steps an epoch": a.rows // (a.batch * gpus),
-        "planning of an epoch that each worker repeats, share of it": m.order_s / epoch,
+        "order of an epoch and its hash, on every worker, share of it": m.order_s / epoch,
         "JPEG needed, GB/s a node": images * a.jpeg_bytes / 1e9,
         "row groups read for one that is needed": ratio,
         "JPEG read from storage, GB/s in all": images * nodes * a.jpeg_bytes * ratio / 1e9,
@@ -161,6 +161,7 @@ def cost(gpus: int, a: Assumed = Assumed(), m: Measured = Measured()) -> dict[st
         "resident copy instead, GB a node": a.rows * PICTURE_BYTES / 1e9,
         "checkpoint (weights, momentum), MB": 2 * 4 * a.parameters / 1e6,
         "votes (gloo ring of 12 bytes), ms a step": 1e3 * ring_s(12, gpus, 1e9, m.hop_s),
+        "µs that a step of its ring may take before training waits": 1e6 * a.batch / a.images_s / (2 * (gpus - 1)),
         "files that watches write, a second": float(gpus),
     }
 

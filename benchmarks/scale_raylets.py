@@ -15,7 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CPUS = 2  # logical, of a node
-AT_ONCE = 4  # nodes that start together: Ray gives each 30 s, and all of them share this machine's cores
+TRIES = 3  # a node may miss Ray's 30 s; the next `up` starts those that are missing
+AT_ONCE = 4  # nodes that start together: all of them share this machine's cores
 
 
 def environment(text: str) -> dict[str, str]:
@@ -43,12 +44,15 @@ def raylets(count: int) -> Iterator[float]:
     try:
         start = time.perf_counter()
         for up in [*range(AT_ONCE, count, AT_ONCE), count]:
-            done = subprocess.run(
-                [script, "up", str(up)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                start_new_session=True,
-            )  # fmt: skip
-            if done.returncode:
-                sys.exit(f"{script} up {up} failed:\n{done.stderr}")
+            for left in reversed(range(TRIES)):
+                done = subprocess.run(
+                    [script, "up", str(up)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                    start_new_session=True,
+                )  # fmt: skip
+                if not done.returncode:
+                    break
+                if not left:
+                    sys.exit(f"{script} up {up} failed:\n{done.stderr}")
         took = time.perf_counter() - start
         os.environ |= environment((home / "env").read_text())
         os.environ["RAY_ADDRESS"] = os.environ["RAYDEEP_CLUSTER_GCS"]

@@ -249,8 +249,8 @@ def rows(
             found = searched(CPUS * count, window, steps)
         efficiency = found["efficiency"]
         yield harness.result(
-            f"{count} nodes{longer}", efficiency.median_s, "of ideal", spread=efficiency.spread, n=SLICES,
-            part="search", nodes=count,
+            f"{count} node{'s' * (count > 1)}{longer}", efficiency.median_s, "of ideal", spread=efficiency.spread,
+            n=SLICES, part="search", nodes=count,
             columns={
                 "trials at once": f"{found['at_once']} of {CPUS * count}",
                 "rungs/s": f"{found['rate']:.3g}", "ideal": f"{found['ideal']:.3g}",
@@ -267,9 +267,9 @@ def rows(
         )  # fmt: skip
 
 
-def ceiling_rows(trials: int) -> Iterator[dict[str, Any]]:
+def ceiling_rows(trials: int, samplers: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Trials that do nothing, on four nodes, with each sampler: the most that one driver gets through."""
-    for sampler in ("random", "tpe"):
+    for sampler in samplers:
         with raylets(4):
             found = searched(4 * CPUS, 1e9, dict.fromkeys(STEP_S, 0.0), trials, sampler)
         yield harness.result(

@@ -25,9 +25,12 @@ for bin in "${VIRTUAL_ENV:-/nonexistent}/bin" "$repo/.venv/bin"; do
 done
 command -v ray >/dev/null || die "no ray on the path: activate the environment that raydeep is installed in"
 
-# Processes of this cluster by their command lines: raylets, GCS, dashboard and agents all name its folder; Ray's
-# workers end with their raylet.
-processes() { ps -eww -o pid=,command= | awk -v mark="$dir/t/" -v self=$$ 'index($0, mark) && $1 != self && !/awk/ { print $1 }'; }
+# Processes of this cluster. By their command lines: raylets, GCS and dashboard name its folder. By their sessions, which
+# `node` made: agents call themselves ray::…, and outlive a raylet that was killed for a while.
+processes() {
+    ps -eww -o pid=,sess=,command= | awk -v mark="$dir/t/" -v self=$$ -v sessions=" $(cat "$dir"/nodes/*.pid 2>/dev/null | tr '\n' ' ')" '
+        $1 != self && !/awk/ && (index($0, mark) || (/ ray::/ && index(sessions, " " $2 " "))) { print $1 }'
+}
 
 alive() { [ -f "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
 

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from raydeep.errors import JobError, RaydeepError
 from raydeep.fields import Average
 from raydeep.recipe import Distill, Export, Prune, Quantize, Recover
-from raydeep.remote import check, is_address
+from raydeep.remote import check, is_address, no_secret
 from raydeep.safeyaml import MAX_JOB_BYTES, load_yaml
 from raydeep.sections import Augment, Data, Model, Scaling, Section, Train
 from raydeep.tuning import DEFAULT_SPACE, Range, Search
@@ -44,11 +44,13 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Job:
-        if is_address(self.storage):  # not as the field's own check: its errors repeat what they found, secrets too
-            try:
-                check(self.storage, "storage")
-            except RaydeepError as err:
-                raise ValueError(str(err)) from None
+        # not as the fields' own checks: their errors repeat what they found, secrets too
+        for key, text, rule in (("storage", self.storage, check), ("data.path", self.data.path, no_secret)):
+            if text and is_address(text):
+                try:
+                    rule(text, key)
+                except RaydeepError as err:
+                    raise ValueError(str(err)) from None
         if self.quantize.activation_bits is not None and self.quantize.weight_bits is None:
             raise ValueError("quantize.activation_bits needs quantize.weight_bits (integer kernels need both)")
         if self.data.source not in ("digits", "synthetic") and not self.data.path:

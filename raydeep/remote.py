@@ -64,6 +64,22 @@ def split(address: str, what: str) -> Address:
     return Address(url.scheme, url.query, url.netloc, urllib.parse.unquote(url.path).strip("/"))
 
 
+def no_secret(address: str, what: str) -> None:
+    """See that an address that is read from holds no credentials: a job is stored with its runs.
+
+    Raises:
+        RaydeepError: it does.
+    """
+    scheme = address.partition("://")[0].lower()
+    if scheme in SCHEMES:
+        split(address, what)
+    elif "@" in urllib.parse.urlsplit(address).netloc:
+        raise RaydeepError(
+            f"{what}: {scheme}://…: expected an address without user and password, which belong into the environment "
+            f"or the configuration of fsspec, not into a job"
+        )
+
+
 def check(address: str, what: str) -> Address:
     """Take an address apart that is to be written to; see `split`.
 

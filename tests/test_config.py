@@ -315,3 +315,25 @@ def test_valid_keys_are_those_of_a_resolved_job():
     tree = Job().model_dump()
     leaves = {f"{s}.{k}" for s, values in tree.items() if isinstance(values, dict) for k in values}
     assert set(valid_keys()) == leaves | set(tree)
+
+
+# secrets
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://AKIA123:hunter2/x@bucket/photos", "s3://bucket/photos?secret_key=hunter2", "gs://me:hunter2@bucket/x",
+        "https://me:hunter2@host/photos", "ftp://hunter2@host/x",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["data.path", "storage"])
+def test_a_secret_in_an_address_is_refused_and_not_repeated(write, key, address):
+    told = refusal(write("data: {source: folder, path: x}\n"), f"{key}={address}")
+    assert key in told
+    assert "hunter2" not in told
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/photos", "https://host/a@b/photos", "memory://x"])
+def test_addresses_without_a_secret_are_taken(write, address):
+    assert load_job(write("data: {source: folder}\n"), [f"data.path={address}"]).data.path == address

@@ -79,7 +79,7 @@ def test_a_healthy_cluster_is_ok_line_by_line():
     assert [check.name for check in found] == CHECKS
     assert levels(found) == {}
     assert all(check.found for check in found)
-    text = checks.lines(found, 3)
+    text = checks.lines(found, "3 nodes")
     assert text[-1] == "3 nodes: 14 OK"
     assert len(text) == len(CHECKS) + 1
     told = by_name(found)
@@ -179,7 +179,7 @@ UNSHARED = {"there": True, "seen": False, "wrote": False, "back": False, "error"
 def test_what_is_broken_is_told_with_its_mend_and_nothing_else_is(facts, sets, expected, phrases):
     found = verdict.examine(facts, job(*sets))
     assert levels(found) == expected
-    text = "\n".join(checks.lines(found, len(facts["nodes"])))
+    text = "\n".join(checks.lines(found, "here"))
     for phrase in phrases:
         assert phrase in text
     assert all(bool(check.mend) == (check.level != "OK") for check in found)
@@ -690,10 +690,14 @@ def test_a_cluster_of_other_versions_is_a_check_that_failed(raydeep, monkeypatch
     monkeypatch.setitem(sys.modules, "ray", type("ray", (), {"shutdown": staticmethod(lambda: None)}))
     monkeypatch.setattr(joining, "join", refuse)
     monkeypatch.setattr(joining, "RAY_ENV", {})
+    monkeypatch.setattr(joining, "errors_to_log", lambda: None)
     code, out, _ = raydeep("--address", "head:6379")
     assert code == 1
     assert "on this process but 3.12.1 on the cluster at head:6379" in out
     assert "on this process but 2.59.0 on the cluster at head:6379" in out
+    monkeypatch.setitem(globals(), "MISMATCH", MISMATCH.replace("2.59.0", "2.60.0").replace("3.12.1", "3.11.9"))
+    code, out, _ = raydeep("--address", "head:6379")
+    assert (code, "FAIL  versions" in out) == (1, True), "Ray refuses where only the patch level differs"
     monkeypatch.setattr(joining, "join", lambda address: (_ for _ in ()).throw(ResourceError("nobody there")))
     assert raydeep("--address", "head:6379")[::2] == (2, "error: nobody there\n")
 

@@ -64,9 +64,10 @@ def test_costs_follow_from_the_assumptions() -> None:
     found = model.cost(64, model.Assumed(images_s=1000, jpeg_bytes=100_000), model.Measured(order_s=1.0, away=0.5))
     assert found["pictures a second, all"] == 64_000
     assert found["epoch, s"] == pytest.approx(1_281_167 / 64_000)
-    assert found["planning of an epoch that each worker repeats, share of it"] == pytest.approx(64_000 / 1_281_167)
+    assert found["order of an epoch and its hash, on every worker, share of it"] == pytest.approx(64_000 / 1_281_167)
     assert found["JPEG needed, GB/s a node"] == pytest.approx(0.8)
     assert found["decoded pixels between nodes, Gb/s a node"] == pytest.approx(8000 * 150_528 * 8 / 1e9 / 2)
+    assert found["µs that a step of its ring may take before training waits"] == pytest.approx(256_000 / 126)
     assert {len(columns) for _, columns in model.cost_rows()} == {len(model.GPUS)}
     assert len(model.reduce_rows()) == 7
 

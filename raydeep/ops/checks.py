@@ -211,8 +211,8 @@ def dashboard(url: str | None, listens: list[str] | None, open_: bool | None) ->
     return Check("dashboard", "WARN", f"{where}; it asks for tokens, which travel unencrypted", mend)
 
 
-def lines(checks: list[Check], nodes: int) -> list[str]:
-    """What a terminal shows: a line a check, the mend below it, a summary."""
+def lines(checks: list[Check], where: str) -> list[str]:
+    """What a terminal shows: a line a check, the mend below it, a summary of what was looked at."""
     width = max(len(check.name) for check in checks)
     text = []
     for check in checks:
@@ -220,5 +220,4 @@ def lines(checks: list[Check], nodes: int) -> list[str]:
         if check.level != "OK":
             text.append(f"{'':<5} {'':<{width}}  → {check.mend}")
     count = {level: sum(check.level == level for check in checks) for level in ("OK", "WARN", "FAIL")}
-    where = f"{nodes} nodes" if nodes > 1 else "this machine"
     return [mask(line) for line in [*text, f"{where}: " + ", ".join(f"{n} {level}" for level, n in count.items() if n)]]

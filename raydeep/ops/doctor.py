@@ -44,7 +44,9 @@ class Report(NamedTuple):
 
     def lines(self) -> list[str]:
         """As a terminal shows it."""
-        return checks.lines(self.checks, len(self.nodes))
+        ids = [node["id"] for node in self.nodes]
+        where = "this machine" if ids == ["here"] else checks.count(len(ids), "node")
+        return checks.lines(self.checks, "this process and the cluster" if "cluster" in ids else where)
 
 
 def _masked(value: Any) -> Any:
@@ -84,7 +86,7 @@ def run(job: Job | None, address: str | None = None) -> Report:
         if differs:
             here = {"id": "here", "name": "this process", **nodefacts.gather()}
             cluster: Node = {"id": "cluster", "name": f"the cluster at {address}", **differs}
-            mismatch = health.versions([here, cluster])
+            mismatch = health.versions([here, cluster])._replace(level="FAIL")  # small as it may be: Ray refuses
             return Report([mismatch, health.floors([here, cluster])], [here, cluster])
         facts = _cluster_facts()
         ids = [node["id"] for node in checks.answered(facts["nodes"])]
@@ -118,6 +120,8 @@ def _joined(address: str) -> Iterator[dict[str, str]]:
         os.environ.setdefault(key, value)
     logging.getLogger("ray").setLevel(logging.ERROR)
     import ray
+
+    cluster.errors_to_log()
 
     differs: dict[str, str] = {}
     on_term = signal.getsignal(signal.SIGTERM)
@@ -213,6 +217,8 @@ def _ask(
 
 def _short(err: BaseException) -> str:
     """An error on a node in one line; of a module that is missing there Ray tells on many."""
+    if type(err).__name__ == "TaskUnschedulableError":
+        return "it answers Ray no more: the cluster has given it up meanwhile"
     missing = re.search(r"(?:ModuleNotFoundError|ImportError): [^\n]+", str(err))
     return missing[0] if missing else f"{type(err).__name__}: {' '.join(str(err).split())[:300]}"
 

@@ -164,6 +164,7 @@ def placement(job: Job, nodes: list[Node], alone: bool = False, streamed: bool =
             f"{wanted}: room for {free} beside what runs now",
             "wait for the other job, or stop it (ray status shows what is taken)",
         )
+    workers = f"{asked} workers" if scaling.elastic else checks.count(scaling.min_workers, "worker")
     at_once = min(trials, plan.concurrent_trials)
-    ok = f"{asked} workers of {each}{most}: room for {fits} ({where}); {at_once} trials at once"
+    ok = f"{workers} of {each}{most}: room for {fits} ({where}); {checks.count(at_once, 'trial')} at once"
     return checks.worst("placement", problems, ok)

@@ -73,7 +73,7 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
     import ray
 
     restore = _quiet(log)
-    _errors_to_log()
+    errors_to_log()
     on_term = signal.getsignal(signal.SIGTERM)
     try:
         if address:
@@ -161,7 +161,7 @@ def _quiet(log: Path) -> Callable[[], None]:
     return restore
 
 
-def _errors_to_log() -> None:
+def errors_to_log() -> None:
     """Send what raylets say of died workers to the log: Ray prints it on the terminal and has no setting for it."""
     from ray._private import worker
 
