@@ -38,8 +38,9 @@ def raylets(count: int) -> Iterator[float]:
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"  # its ray
     script = str(ROOT / "cluster" / "local.sh")
     keeper = subprocess.Popen(
-        ["bash", "-c", f"cat >/dev/null; '{script}' down >/dev/null 2>&1; rm -rf '{home}'"], env=env,
-        stdin=subprocess.PIPE, start_new_session=True,
+        ["bash", "-c", f"cat >/dev/null; '{script}' down >/dev/null 2>&1; rm -rf '{home}'; "
+         f"kill -0 {os.getpid()} 2>/dev/null || rm -f '{env['RAY_AUTH_TOKEN_PATH']}'"],
+        env=env, stdin=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     try:
         start = time.perf_counter()

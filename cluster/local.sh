@@ -53,13 +53,20 @@ stop() {
     rm -rf "$dir/nodes" "$dir/env"
 }
 
+# Below what systems give to outgoing connections: one of those could take a port before Ray does.
 free_ports() {
     python3 - "$1" <<'PYTHON'
-import socket, sys
-sockets = [socket.socket() for _ in range(int(sys.argv[1]))]
-for s in sockets:
-    s.bind(("", 0))
-print(*(s.getsockname()[1] for s in sockets))
+import random, socket, sys
+found = {}
+while len(found) < int(sys.argv[1]):
+    port = random.randrange(12000, 30000)
+    s = socket.socket()
+    try:
+        s.bind(("", port))
+    except OSError:
+        continue
+    found[port] = s
+print(*found)
 PYTHON
 }
 
@@ -125,7 +132,7 @@ ENV
 }
 
 start_workers() {
-    local i name end seen
+    local i name
     for ((i = 1; i <= workers; i++)); do
         name=worker-$i
         if alive "$dir/nodes/$name.pid"; then continue; fi
@@ -133,10 +140,16 @@ start_workers() {
         # shellcheck disable=SC2046
         node "$name" --address "$RAYDEEP_CLUSTER_GCS" --temp-dir "$dir/t/$i" --num-cpus "$cpus" \
             --object-store-memory $memory $(own_ports)
+        # Ray gives a raylet 30 s to start: many at once would take longer.
+        if [ $((i % 4)) -eq 0 ]; then wait_for_workers "$i"; fi
     done
-    end=$((SECONDS + 120))
-    until seen=$(count) && [ "$seen" -gt "$workers" ]; do
-        for ((i = 1; i <= workers; i++)); do alive "$dir/nodes/worker-$i.pid"; done
+    wait_for_workers "$workers"
+}
+
+wait_for_workers() {
+    local i seen end=$((SECONDS + 120))
+    until seen=$(count) && [ "$seen" -gt "$1" ]; do
+        for ((i = 1; i <= $1; i++)); do alive "$dir/nodes/worker-$i.pid"; done
         [ $SECONDS -lt $end ] || false
         sleep 0.5
     done

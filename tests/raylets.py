@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import secrets
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+PRCTL = ctypes.CDLL(None).prctl
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
@@ -20,6 +22,11 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("", 0))
         return int(found.getsockname()[1])
+
+
+def _end_with_parent() -> None:
+    """A killed test leaves no cluster: its `ray start --block` gets SIGTERM, and ends what it has started."""
+    PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class Raylets:
@@ -68,8 +75,9 @@ class Raylets:
             command = ["unshare", "-m", "sh", "-ec", "; ".join([*mount, f"exec {shlex.join(command)}"])]
         with log.open("w") as out:
             started = subprocess.Popen(
-                command, env={**self.env, **(env or {})}, stdout=out, stderr=out, start_new_session=True
-            )
+                command, env={**self.env, **(env or {})}, stdout=out, stderr=out, start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )  # fmt: skip
         self.sessions.add(started.pid)
         end = time.monotonic() + 90
         while "Ray runtime started" not in (said := log.read_text()):

@@ -8,6 +8,7 @@ or points differ in length.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,7 +66,8 @@ def fronts(points: Points) -> list[list[int]]:
     """Non-dominated sorting: no point dominates one of front 0, only points of fronts 0 to f one of front f + 1.
 
     Deb et al. 2002, "A fast and elitist multiobjective genetic algorithm: NSGA-II", section III-A. One pass over the
-    sorted points: a point is one front behind the last of those that dominate it. O(K N^2) time, O(K N) memory.
+    sorted points: a point is one front behind the last of those that dominate it. O(N log N) time for two coordinates,
+    else O(K N^2); O(K N) memory.
 
     Returns:
         Indices by front, rising within each; every index once. Equal points are in the same front.
@@ -73,15 +75,33 @@ def fronts(points: Points) -> list[list[int]]:
     values_NK = _values(points)
     order = np.lexsort(values_NK.T[::-1])  # by the first coordinate, then the others: dominating points come first
     values_NK = values_NK[order]
-    front_N = np.zeros(len(order), int)
-    for i in range(1, len(order)):
-        above = values_NK[:i]
-        dominating = (above <= values_NK[i]).all(1) & (above < values_NK[i]).any(1)
-        front_N[i] = front_N[:i].max(where=dominating, initial=-1) + 1
+    front_N = _behind_two(values_NK) if values_NK.shape[1:] == (2,) else _behind(values_NK)
     found: list[list[int]] = [[] for _ in range(front_N.max(initial=-1) + 1)]
     for place in np.argsort(order):  # by index
         found[front_N[place]].append(int(order[place]))
     return found
+
+
+def _behind(values_NK: np.ndarray) -> np.ndarray:
+    """Front of each point, the points sorted by the first coordinate, then the others."""
+    front_N = np.zeros(len(values_NK), int)
+    for i in range(1, len(values_NK)):
+        above = values_NK[:i]
+        dominating = (above <= values_NK[i]).all(1) & (above < values_NK[i]).any(1)
+        front_N[i] = front_N[:i].max(where=dominating, initial=-1) + 1
+    return front_N
+
+
+def _behind_two(values_N2: np.ndarray) -> np.ndarray:
+    """The same for two coordinates: within a front the second one falls, so its last point tells for the front."""
+    front_N = np.zeros(len(values_N2), int)
+    lasts: list[float] = []  # second coordinate of the last point of each front: rises from front to front
+    before: list[float] = []
+    for i, point in enumerate(values_N2.tolist()):
+        front = int(front_N[i - 1]) if point == before else bisect_right(lasts, point[1])
+        lasts[front : front + 1] = [point[1]]
+        front_N[i], before = front, point
+    return front_N
 
 
 def crowding(points: Points) -> list[float]:
