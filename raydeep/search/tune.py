@@ -223,6 +223,7 @@ def run_trials(
         run_config=tune.RunConfig(
             name=f"tune-{time.time_ns():x}", storage_path=str(run / "ray"), verbose=0, callbacks=loggers,
             failure_config=tune.FailureConfig(max_failures=LIVES - 1),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # it wants a folder that all nodes share
         ),
     )  # fmt: skip
     tuner.fit()

@@ -120,6 +120,7 @@ def _trainer(workers: Path) -> Any:
                 if self.stopped_by is None:
                     self.stopped_by = signal.Signals(number)
                     with suppress(OSError, StorageError):
+                        workers.mkdir(parents=True, exist_ok=True)  # of a run in a bucket they may all be elsewhere
                         ask.write_bytes(b"save")
                         mirror.push(ask)
                         while mirror.exists(ask) and time.monotonic() < end:
