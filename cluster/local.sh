@@ -53,13 +53,14 @@ stop() {
     rm -rf "$dir/nodes" "$dir/env"
 }
 
-# Below what systems give to outgoing connections: one of those could take a port before Ray does.
+# Between the ports that Ray gives to workers (to 19999) and those that systems give to outgoing connections (from 32768):
+# either could take one before it is used.
 free_ports() {
     python3 - "$1" <<'PYTHON'
 import random, socket, sys
 found = {}
 while len(found) < int(sys.argv[1]):
-    port = random.randrange(12000, 30000)
+    port = random.randrange(20000, 32000)
     s = socket.socket()
     try:
         s.bind(("", port))

@@ -154,16 +154,8 @@ def test_it_is_closed_to_others(cluster: Cluster) -> None:
     code, said = cluster.run("ray", "job", "list", **wrong)
     assert code != 0
     assert "Authentication" in said
-    code, said = cluster.run(
-        "raydeep", "search", "jobs/digits.yaml", RAY_ADDRESS=cluster.env["RAYDEEP_CLUSTER_GCS"], **wrong
-    )
-    assert code == 2, said
-    assert "no Ray cluster lets this process in" in said
     port = int(cluster.env["RAY_API_SERVER_ADDRESS"].rsplit(":", 1)[1])
-    listens = subprocess.run(["ray", "--version"], env=cluster.env, capture_output=True, check=True) and _listening(
-        port
-    )
-    assert listens == {"127.0.0.1"}
+    assert _listening(port) == {"127.0.0.1"}
 
 
 def _listening(port: int) -> set[str]:
