@@ -31,13 +31,13 @@ def folder(home: Path, name: str) -> Path:
     return found
 
 
-@pytest.fixture(scope="module", params=["resident", "stream"])
-def undisturbed(request: pytest.FixtureRequest, home: Path) -> tuple[str, Path]:
-    """Mode, and the run folder of a training on two workers that nothing disturbed."""
-    code, said = run(home, *train(home, f"{request.param}-whole", f"data.cache={request.param}"))
+@pytest.fixture(scope="module")
+def undisturbed(home: Path) -> Path:
+    """Run folder of a streamed training on two workers that nothing disturbed (in memory: test_cluster_faults.py)."""
+    code, said = run(home, *train(home, "stream-whole", "data.cache=stream"))
     assert code == 0, said
     assert "input-bound" in said
-    return request.param, folder(home, f"{request.param}-whole")
+    return folder(home, "stream-whole")
 
 
 def steps_saved(run_folder: Path) -> list[int]:
@@ -50,12 +50,9 @@ def facts(run_folder: Path) -> list[tuple[object, ...]]:
     return [tuple(row[key] for key in keys) for row in read_lines(run_folder / "metrics.jsonl")]
 
 
-def test_killed_in_the_middle_of_an_epoch_the_weights_end_bit_identical(
-    home: Path, undisturbed: tuple[str, Path]
-) -> None:
-    mode, whole = undisturbed
-    name = f"{mode}-killed"
-    process = start(home, *train(home, name, f"data.cache={mode}"))
+def test_killed_in_the_middle_of_an_epoch_the_weights_end_bit_identical(home: Path, undisturbed: Path) -> None:
+    whole, name = undisturbed, "stream-killed"
+    process = start(home, *train(home, name, "data.cache=stream"))
 
     def inside_an_epoch() -> bool:
         saved = [s for path in (home / name).glob("digits-*") for s in steps_saved(path)]
@@ -76,28 +73,24 @@ def test_killed_in_the_middle_of_an_epoch_the_weights_end_bit_identical(
     assert facts(killed) == facts(whole)
 
 
-@pytest.mark.parametrize("undisturbed", ["stream"], indirect=True)  # test_cluster.py does it in memory
-def test_one_worker_sees_the_batches_of_two(home: Path, undisturbed: tuple[str, Path]) -> None:
-    mode, whole = undisturbed
-    code, said = run(home, *train(home, f"{mode}-one", f"data.cache={mode}", "scaling.workers=1"))
+def test_one_worker_sees_the_batches_of_two(home: Path, undisturbed: Path) -> None:
+    code, said = run(home, *train(home, "stream-one", "data.cache=stream", "scaling.workers=1"))
     assert code == 0, said
-    lines = read_lines(folder(home, f"{mode}-one") / "metrics.jsonl")
-    two = read_lines(whole / "metrics.jsonl")
+    lines = read_lines(folder(home, "stream-one") / "metrics.jsonl")
+    two = read_lines(undisturbed / "metrics.jsonl")
     assert [row["order_hash"] for row in lines] == [row["order_hash"] for row in two]
     assert {row["val_rows"] for row in lines} == {269}
     assert lines[-1]["train_loss"] == pytest.approx(two[-1]["train_loss"], rel=0.1)  # BatchNorm sees other shares
     assert set(lines[0]["meter"]) == {"read_s", "decode_s", "wait_s", "transfer_s", "augment_s", "step_s"}
     assert lines[0]["first_batch_s"] > 0
-    assert (lines[0]["meter"]["decode_s"] > 0) is (mode == "stream")
+    assert lines[0]["meter"]["decode_s"] > 0
 
 
-@pytest.mark.parametrize("undisturbed", ["stream"], indirect=True)
-def test_a_search_streams_too(home: Path, undisturbed: tuple[str, Path]) -> None:
+def test_a_search_streams_too(home: Path, undisturbed: Path) -> None:
     """Its trials run in placement groups of their own, which have no CPU for the tasks that read."""
-    mode, whole = undisturbed
-    job = train(home, f"{mode}-search", f"data.cache={mode}")[1:]
+    job = train(home, "stream-search", "data.cache=stream")[1:]
     code, said = run(
-        home, "search", *job, "--from", str(whole), "--set", "search.trials=2", "--set", "recover.epochs=1"
+        home, "search", *job, "--from", str(undisturbed), "--set", "search.trials=2", "--set", "recover.epochs=1"
     )  # fmt: skip
     assert code == 0, said
     assert "2 trials finished, 0 failed" in said
