@@ -25,14 +25,25 @@ for bin in "${VIRTUAL_ENV:-/nonexistent}/bin" "$repo/.venv/bin"; do
 done
 command -v ray >/dev/null || die "no ray on the path: activate the environment that raydeep is installed in"
 
-# Processes of this cluster. By their command lines: raylets, GCS and dashboard name its folder. By their sessions, which
-# `node` made: agents call themselves ray::…, and outlive a raylet that was killed for a while.
+# Own processes of this cluster, and of nothing else: Ray's programs that name its folder, and agents (ray::…), which
+# outlive a raylet that was killed for a while, by the sessions that `node` made.
 processes() {
-    ps -eww -o pid=,sess=,command= | awk -v mark="$dir/t/" -v self=$$ -v sessions=" $(cat "$dir"/nodes/*.pid 2>/dev/null | tr '\n' ' ')" '
-        $1 != self && !/awk/ && (index($0, mark) || (/ ray::/ && index(sessions, " " $2 " "))) { print $1 }'
+    ps -u "$(id -u)" -ww -o pid=,sess=,command= | awk -v mark="$dir/t/" -v sessions=" $(cat "$dir"/nodes/*.pid 2>/dev/null | tr '\n' ' ' || true)" '
+        index($0, mark) && /\/ray\/(core|dashboard|_private|autoscaler|util)\/|bin\/ray start --block/ ||
+        $3 ~ /^ray(::|-dashboard)/ && index(sessions, " " $2 " ") { print $1 }' || true
 }
 
-alive() { [ -f "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
+# The node of a pid file: another process may have its number by now.
+alive() { [ -f "$1" ] && ps -ww -o command= -p "$(cat "$1")" 2>/dev/null | grep -q 'ray start --block'; }
+
+# One `up` or `down` at a time, where there is flock.
+alone() {
+    mkdir -p "$dir"
+    if command -v flock >/dev/null; then
+        exec 9>"$dir/.lock"
+        flock -w 300 9 || die "another up or down works on $dir"
+    fi
+}
 
 running() {
     local file
@@ -102,7 +113,6 @@ settings() {
 start_head() {
     umask 077 # what jobs print stands in the logs
     mkdir -p "$dir"
-    [ -O "$dir" ] || die "$dir belongs to another user; set RAYDEEP_CLUSTER_DIR"
     chmod 700 "$dir"
     stop
     rm -rf "$dir/t"
@@ -128,6 +138,7 @@ start_head() {
 export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN_PATH=$RAY_AUTH_TOKEN_PATH
 export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$dash
+export RAYDEEP_STORAGE=$RAYDEEP_STORAGE
 export RAYDEEP_CLUSTER_GCS=$(grep -o -- "--address='[^']*'" "$dir/nodes/head.log" | head -n 1 | cut -d "'" -f 2)
 ENV
 }
@@ -158,9 +169,11 @@ wait_for_workers() {
 
 up() {
     workers=$1
-    [[ $workers =~ ^[0-9]+$ ]] || die "up [N]: found $workers, expected a number of workers"
+    [[ $workers =~ ^(0|[1-9][0-9]{0,2})$ ]] || die "up [N]: found $workers, expected a number of workers, 0 to 999"
     # sun_path holds 107 bytes: FOLDER/t/NN/session_2026-11-30_12-02-23_346619_1234567/sockets/plasma_store
     [ ${#dir} -le 36 ] || die "$dir: sockets need a path of at most 36 characters; set RAYDEEP_CLUSTER_DIR to a shorter one"
+    { mkdir -p "$dir" && [ -O "$dir" ] && [ -w "$dir" ]; } 2>/dev/null || die "$dir can't be used as a folder; set RAYDEEP_CLUSTER_DIR"
+    alone
     settings
     if alive "$dir/nodes/head.pid" && [ -f "$dir/env" ]; then
         # shellcheck disable=SC1091
@@ -170,7 +183,7 @@ up() {
         return
     fi
     if running; then die "its head is dead, its workers are not; first: cluster/local.sh down"; fi
-    trap 'echo "local.sh: the cluster did not start; what it said:" >&2; tail -n 5 "$dir"/nodes/*.log >&2; stop; exit 1' ERR INT TERM
+    trap 'echo "local.sh: the cluster did not start; what it said:" >&2; tail -n 5 "$dir"/nodes/*.log >&2 || true; stop; exit 1' ERR INT TERM
     start_head
     # shellcheck disable=SC1091
     . "$dir/env"
@@ -180,6 +193,7 @@ up() {
 A head and $workers workers of $cpus logical CPUs each. Jobs from this machine:
   . $dir/env
   raydeep submit jobs/digits.yaml
+  raydeep doctor jobs/digits.yaml --address \$RAYDEEP_CLUSTER_GCS
   ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- raydeep search jobs/digits.yaml
 Dashboard, from this machine only: $RAY_API_SERVER_ADDRESS
 Runs:  $RAYDEEP_STORAGE/runs, unless a job names another storage
@@ -219,6 +233,7 @@ case ${1:-} in
 up) up "${2:-2}" ;;
 down)
     if [ -d "$dir/nodes" ]; then
+        alone
         stop
         echo "stopped; runs, logs and the token stay in $dir"
     else

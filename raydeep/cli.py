@@ -276,7 +276,11 @@ def _terminated(number: int, frame: object) -> None:
 def main() -> None:
     """Entry point: what a user can mend is one line and exit code 2."""
     signal.signal(signal.SIGTERM, _terminated)
-    sys.path.insert(0, os.getcwd())  # a user's own model, package.module:factory, stands where they run
+    try:
+        sys.path.insert(0, os.getcwd())  # a user's own model, package.module:factory, stands where they run
+    except FileNotFoundError:
+        typer.echo("error: the folder that this runs in is gone; cd to one that is there", err=True)
+        sys.exit(2)
     try:
         app()
     except RaydeepError as err:

@@ -70,21 +70,30 @@ class Cluster:
             command, cwd=cwd, env={**self.env, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
-    def kill_raylet(self, worker: int) -> list[str]:
-        """Kill -9, as a node that loses power: its processes go with it; names of those that were at work."""
-        [pid] = [
-            int(entry.name) for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and self._is_raylet(entry, f"{self.home}/t/{worker}/")
-        ]  # fmt: skip
-        titles = [" ".join(child.cmdline()) for child in psutil.Process(pid).children()]
-        os.kill(pid, signal.SIGKILL)
-        return [title for title in titles if title.startswith("ray::") and "IDLE" not in title]
+    def kill_raylet(self, doing: str) -> None:
+        """Kill -9 of the raylet of a worker that does this, as a node that loses power: its processes go with it."""
+
+        def at_work() -> list[psutil.Process]:
+            found = [psutil.Process(int(entry.name)) for entry in Path("/proc").iterdir() if self._is_raylet(entry)]
+            return [raylet for raylet in found if any(doing in title for title in self._titles(raylet))]
+
+        wait_for(at_work, 60, f"a raylet with {doing}")
+        at_work()[0].kill()
 
     @staticmethod
-    def _is_raylet(entry: Path, mark: str) -> bool:
+    def _titles(raylet: psutil.Process) -> list[str]:
+        titles = []
+        for child in raylet.children():
+            with contextlib.suppress(psutil.Error):
+                titles.append(" ".join(child.cmdline()))
+        return titles
+
+    def _is_raylet(self, entry: Path) -> bool:
+        """Whether an entry of /proc is a raylet of a worker of this cluster."""
         with contextlib.suppress(OSError):
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            return words[0].endswith(b"raylet/raylet") and any(mark.encode() in word for word in words)
+            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            marks = [f"{self.home}/t/{worker}/" for worker in (1, 2)]
+            return words[0].endswith("raylet/raylet") and any(mark in word for word in words for mark in marks)
         return False
 
     def folder(self, name: str) -> Path | None:
@@ -182,7 +191,7 @@ def test_ray_job_submit_from_a_clean_shell_loses_a_raylet_and_finishes(cluster: 
 
     wait_for(lambda: len(ended()) >= 2 or process.poll() is not None, 240, "two trials")
     assert process.poll() is None, process.communicate()[0]
-    assert any("Trainable" in title for title in cluster.kill_raylet(1))
+    cluster.kill_raylet("Trainable")
     said, _ = process.communicate(timeout=400)
     assert process.returncode == 0, said
     assert "8 trials finished, 0 failed" in said
@@ -238,7 +247,7 @@ def test_a_training_outlives_a_raylet_and_lost_connections_and_takes_the_node_ba
             assert process.poll() is None, process.communicate()[0]
 
         until(lambda: saved() and int(saved()[-1].name[5:]) >= 60, 120, "60 steps")
-        assert any("Worker" in title for title in cluster.kill_raylet(1))
+        cluster.kill_raylet("RayTrainWorker")
         until(lambda: len(attempts()) == 2, 120, "going on with one worker")
         cluster.local("up", "2")
         until(lambda: len(attempts()) == 3, 120, "going on with two workers")

@@ -352,13 +352,80 @@ def test_what_can_not_be_submitted_is_one_error(
     assert message in re.sub(r"\s+", " ", str(done.exception))
 
 
+# what an attacker or a bad day brings
+
+
+@pytest.mark.parametrize("job_id", ["../x", "a/logs", "a?b=c", "a#b", "a b", "x\r\nHost: evil", "", "é" * 300])
+def test_an_id_that_none_can_be_is_refused_before_it_is_sent(job_id: str) -> None:
+    with pytest.raises(JobError, match="is no id of a job"):
+        submit.details(Client("", []), job_id)  # type: ignore[arg-type]
+
+
+def test_a_job_that_was_followed_is_not_said_to_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that starts again answers 404 at first: that is a lost server."""
+    monkeypatch.setattr(submit, "AGAIN_S", 0.0)
+    monkeypatch.setattr(submit, "LOST_S", 5.0)
+    client, answers = Client(LOG, []), iter([True, False, True])
+    whole = client.get_job_info
+
+    def flaky(job_id: str) -> SimpleNamespace:
+        if not next(answers, True):
+            raise RuntimeError("Request failed with status code 404: no such job")
+        return whole(job_id)
+
+    client.get_job_info = flaky  # type: ignore[method-assign]
+    out = io.StringIO()
+    assert submit.result(submit.Follower(client, "j", out).run()) == 0  # type: ignore[arg-type]
+    assert out.getvalue() == LOG
+
+
+def test_links_in_a_circle_and_pipes_do_not_travel(project: Path) -> None:
+    (project / "self.py").symlink_to("self.py")
+    (project / "gone.py").symlink_to("nowhere.py")
+    os.mkfifo(project / "pipe.py")
+    assert {"self.py", "gone.py", "pipe.py"}.isdisjoint(bundle.files(project, project / "job.yaml"))
+    for include in ("self.py", "pipe.py"):
+        with pytest.raises(RaydeepError, match="--include"):
+            bundle.files(project, project / "job.yaml", [include])
+
+
+def test_a_name_that_is_no_text_is_one_error(project: Path, tmp_path: Path) -> None:
+    (project / os.fsdecode(b"bad\xff.py")).write_text("x = 1\n")
+    with pytest.raises(RaydeepError, match="rename the file"):
+        bundle.pack(project, project / "job.yaml", tmp_path / "b.zip")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- a\n", "expected KEY: VALUE lines"), ("working_dir: .\n", "working_dir: raydeep submit packs the files")],
+    [
+        ("env_vars: [A]", "env_vars: expected NAME"),
+        ("env_vars: {A: 1}", "env_vars: expected NAME"),
+        ("- a", "expected KEY: VALUE lines"),
+        ("working_dir: .", "working_dir: expected config, env_vars, .*--include"),
+        ("pips: [torch]", "pips: expected config, env_vars"),
+        ("pip: [torch]", "packages are part of the nodes' environment"),
+        ("py_executable: 5", "py_executable: expected a path"),
+    ],
 )
-def test_a_runtime_environment_that_is_none_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_runtime_environment_with_nonsense_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "env.yaml").write_text(text)
     with pytest.raises(JobError, match=message):
-        submit.submit(
-            None, "http://x", "search", JOB, [], name="x", runtime_env=tmp_path / "env.yaml", say=print  # type: ignore[arg-type]
-        )  # fmt: skip
+        submit._environment(tmp_path / "env.yaml")
+
+
+def test_a_password_in_an_address_is_not_repeated() -> None:
+    with pytest.raises(RaydeepError) as told:
+        submit.connect("http://me:hunter2@127.0.0.1:9")
+    assert "hunter2" not in str(told.value)
+
+
+def test_a_job_file_that_looks_like_an_option_is_none() -> None:
+    assert submit.entrypoint("search", "-x.yaml", []) == "raydeep search ./-x.yaml"
+
+
+def test_a_folder_that_is_gone_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    script = f"cd {tmp_path / 'gone'} && rmdir {tmp_path / 'gone'} && {sys.executable} -m raydeep.cli schema"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the folder that this runs in is gone")

@@ -61,18 +61,30 @@ def files(root: Path, job: Path, include: Sequence[str] = ()) -> dict[str, Path]
     found = {job.relative_to(root).as_posix() if job.is_relative_to(root) else job.name: job}
     chosen = [(root, True)]
     for text in include:
-        path = (root / text).resolve()
-        if not path.exists() or not path.is_relative_to(root):
+        try:
+            path = (root / text).resolve()
+            there = (path.is_file() or path.is_dir()) and path.is_relative_to(root)
+        except (OSError, RuntimeError, ValueError):  # a link in a circle, a name that no file can have
+            there = False
+        if not there:
             raise RaydeepError(f"--include {text}: expected a file or folder below {root}")
         chosen.append((path, False))
     for path, sources in chosen:
         for file in [path] if path.is_file() else _walk(path, sources):
-            real = file.resolve()
-            if real.is_relative_to(root) and real.is_file() and stat.S_ISREG(real.stat().st_mode):
+            if real := _regular(file, root):
                 found.setdefault(file.relative_to(root).as_posix(), real)
             if len(found) > MAX_FILES:
                 raise RaydeepError(f"{root}: more than {MAX_FILES:,} Python files below it; run this in your project")
     return found
+
+
+def _regular(file: Path, root: Path) -> Path | None:
+    """The file that a name stands for; None: none that may travel (a link away or in a circle, a pipe)."""
+    try:
+        real = file.resolve()
+        return real if real.is_relative_to(root) and stat.S_ISREG(real.stat().st_mode) else None
+    except (OSError, RuntimeError):
+        return None
 
 
 def pack(root: Path, job: Path, out: Path, include: Sequence[str] = ()) -> Bundle:
@@ -88,6 +100,9 @@ def pack(root: Path, job: Path, out: Path, include: Sequence[str] = ()) -> Bundl
         RaydeepError: see `files`; or the zip is larger than the job server takes, with the largest files.
     """
     chosen = files(root, job, include)
+    for name in chosen:
+        if not name.isprintable():
+            raise RaydeepError(f"{name!r}: a name that other systems can't have; rename the file")
     if sum(file.stat().st_size for file in chosen.values()) > MAX_RAW_BYTES:
         raise _too_large(chosen)
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import secrets
 import shlex
 import sys
@@ -43,6 +44,8 @@ def connect(address: str) -> JobSubmissionClient:
             f"--address {address}: expected the address of the job server, as http://HOST:8265 "
             f"(cluster/local.sh status prints it; RAY_API_SERVER_ADDRESS does instead of --address)"
         )
+    if "@" in address:
+        raise RaydeepError("--address: expected http://HOST:PORT without user and password: Ray asks for a token alone")
     import ray
     from ray.job_submission import JobSubmissionClient
 
@@ -78,8 +81,10 @@ def _told(address: str) -> Iterator[None]:
             f"{address}: {found}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file with the cluster's "
             f"(cluster/local.sh writes both into a file `env`)"
         ) from None
-    except (ConnectionError, OSError) as err:
+    except OSError as err:
         raise RaydeepError(f"{address}: no job server answers there ({_first(err)}); is the cluster up?") from None
+    except RuntimeError as err:
+        raise RaydeepError(f"{address}: answers, but not as Ray's job server: {_first(err)}") from None
 
 
 def _first(err: BaseException) -> str:
@@ -92,7 +97,25 @@ def _first(err: BaseException) -> str:
 def entrypoint(stage: str, job: str, options: Sequence[str], python: str | None = None) -> str:
     """The shell command of a job."""
     program = [python, "-m", "raydeep.cli"] if python else ["raydeep"]
+    job = f"./{job}" if job.startswith("-") else job
     return shlex.join([*program, stage, job, *options])
+
+
+def _environment(file: Path | None) -> dict[str, Any]:
+    """Ray's runtime environment of a job, with what a user's file adds."""
+    given = read_yaml(file) if file is not None else {}
+    known = {"env_vars", "py_executable", "config", "nsight", "worker_process_setup_hook"}
+    if wrong := given.keys() - known:
+        raise JobError(
+            f"{file}: {', '.join(sorted(map(str, wrong)))}: expected {', '.join(sorted(known))}; packages are part of "
+            f"the nodes' environment (cluster/README.md), files go along with --include"
+        )
+    own = given.get("env_vars", {})
+    if not isinstance(own, dict) or not all(isinstance(text, str) for pair in own.items() for text in pair):
+        raise JobError(f'{file}: env_vars: expected NAME: "TEXT" lines, found {own!r}')
+    if not isinstance(given.get("py_executable", ""), str):
+        raise JobError(f"{file}: py_executable: expected a path, found {given['py_executable']!r}")
+    return {**given, "env_vars": {**RUNTIME_ENV["env_vars"], **own}}
 
 
 def submit(
@@ -126,12 +149,7 @@ def submit(
     Raises:
         RaydeepError: see bundle.pack, _told.
     """
-    env: dict[str, Any] = {**RUNTIME_ENV}
-    if runtime_env is not None:
-        given = read_yaml(runtime_env)
-        env = {**given, "env_vars": {**RUNTIME_ENV["env_vars"], **given.get("env_vars", {})}}
-        if clash := {"working_dir", "excludes"} & env.keys():
-            raise JobError(f"{runtime_env}: {', '.join(sorted(clash))}: raydeep submit packs the files; use --include")
+    env = _environment(runtime_env)
     with tempfile.TemporaryDirectory() as scratch:
         packed = bundle.pack(Path.cwd(), job, Path(scratch) / "bundle.zip", include)
         say(f"bundle     {packed.files} files, {packed.bytes:,} bytes")
@@ -169,7 +187,9 @@ class Follower:
         """
         import aiohttp
 
-        while not (found := details(self.client, self.job_id)).status.is_terminal():
+        seen = False  # a server that has started again may know no job for a moment, or of this one no more
+        while not (found := details(self.client, self.job_id, seen=seen)).status.is_terminal():
+            seen = True
             with suppress(*LOST, aiohttp.ClientError):  # it goes on where it was: the job's state tells what happened
                 asyncio.run(self._tail())
             time.sleep(AGAIN_S)
@@ -209,18 +229,25 @@ class Follower:
         self.shown += len(text)
 
 
-def details(client: JobSubmissionClient, job_id: str, patience_s: float = LOST_S) -> JobDetails:
-    """The state of a job; a server that restarts is waited for.
+def details(
+    client: JobSubmissionClient, job_id: str, patience_s: float | None = None, seen: bool = False
+) -> JobDetails:
+    """The state of a job; a server that restarts is waited for, LOST_S unless told otherwise.
+
+    `seen`: there is such a job, whatever the server says now.
 
     Raises:
         RaydeepError: there is no such job, or no answer for `patience_s`.
     """
+    if not re.fullmatch(r"[\w.-]{1,200}", job_id):
+        raise JobError(f"{job_id!r} is no id of a job: `ray job list` shows them")
+    patience_s = LOST_S if patience_s is None else patience_s
     end, wait = time.monotonic() + patience_s, AGAIN_S
     while True:
         try:
             return client.get_job_info(job_id)
         except LOST as err:
-            if "404" in str(err):
+            if "404" in str(err) and not seen:
                 raise RaydeepError(f"{job_id}: the job server knows no such job; `ray job list` shows all") from None
             if time.monotonic() > end:
                 raise RaydeepError(

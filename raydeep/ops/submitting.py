@@ -82,6 +82,8 @@ def _name(job: Path, stage: str, options: Sequence[str]) -> str:
     loaded = load_job(job, [value for key, value in zip(options[::2], options[1::2], strict=True) if key == "--set"])
     if stage == "doctor" and any(key != "--set" for key in options[::2]):
         raise JobError("--stage doctor takes --set only, not --resume or --from")
+    if stage == "train" and "--from" in options[::2]:
+        raise JobError("--stage train begins anew: --from goes with search and compress; --resume goes on with a run")
     return loaded.name
 
 
