@@ -25,12 +25,12 @@ for bin in "${VIRTUAL_ENV:-/nonexistent}/bin" "$repo/.venv/bin"; do
 done
 command -v ray >/dev/null || die "no ray on the path: activate the environment that raydeep is installed in"
 
-# Own processes of this cluster, and of nothing else: Ray's programs that name its folder, and agents (ray::…), which
-# outlive a raylet that was killed for a while, by the sessions that `node` made.
+# Own processes of this cluster, and of nothing else: Ray's programs that name its folder, and by the sessions that `node`
+# made, agents (ray::…), which outlive a raylet that was killed for a while, and what the dashboard forked.
 processes() {
     ps -u "$(id -u)" -ww -o pid=,sess=,command= | awk -v mark="$dir/t/" -v sessions=" $(cat "$dir"/nodes/*.pid 2>/dev/null | tr '\n' ' ' || true)" '
         index($0, mark) && /\/ray\/(core|dashboard|_private|autoscaler|util)\/|bin\/ray start --block/ ||
-        $3 ~ /^ray(::|-dashboard)/ && index(sessions, " " $2 " ") { print $1 }' || true
+        ($3 ~ /^ray(::|-dashboard)/ || /multiprocessing/) && index(sessions, " " $2 " ") { print $1 }' || true
 }
 
 # The node of a pid file: another process may have its number by now.
