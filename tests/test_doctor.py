@@ -40,7 +40,7 @@ def node(name: str = "a", **facts: Any) -> dict[str, Any]:
 
 
 def with_gpus(name: str = "a", count: int = 2, **facts: Any) -> dict[str, Any]:
-    gpus = ["NVIDIA H200"] * count
+    gpus = ["NVIDIA A100"] * count
     found = {"gpu": float(count), "free_gpu": float(count), "gpus": gpus, "driver": "590.12", "driver_cuda": "13.1"}
     return node(name, **{**found, **facts})
 
@@ -275,12 +275,12 @@ def test_nccl_wants_shared_memory_where_workers_share_a_node():
 @pytest.mark.parametrize(
     ("facts", "level", "phrase"),
     [
-        ({}, "OK", "2 (NVIDIA H200)"),
+        ({}, "OK", "2 (NVIDIA A100)"),
         ({"gpus": []}, "FAIL", "2 GPUs for Ray, the driver sees 0"),
-        ({"gpus": ["NVIDIA H200"] * 4}, "WARN", "4 GPUs, Ray counts 2"),
+        ({"gpus": ["NVIDIA A100"] * 4}, "WARN", "4 GPUs, Ray counts 2"),
         ({"cuda": None}, "FAIL", "2 GPUs, but torch is built without CUDA"),
         ({"driver": "550.54", "driver_cuda": "12.4"}, "FAIL", "driver 550.54 is too old for torch's CUDA 13.2"),
-        ({"driver": "580.65", "driver_cuda": "13.0"}, "OK", "2 (NVIDIA H200)"),  # minor versions are compatible
+        ({"driver": "580.65", "driver_cuda": "13.0"}, "OK", "2 (NVIDIA A100)"),  # minor versions are compatible
     ],
 )
 def test_gpus_are_those_that_ray_counts_and_torch_can_use(facts, level, phrase):
@@ -467,13 +467,13 @@ class Nvml:
         return 0
 
     def nvmlDeviceGetName(self, handle: Any, text: Any, length: int) -> int:
-        text.value = b"NVIDIA H200"
+        text.value = b"NVIDIA A100"
         return 0
 
 
 def test_gpus_are_asked_of_nvml(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Nvml())
-    assert nodefacts.graphics() == {"gpus": ["NVIDIA H200"] * 2, "driver": "580.65.06", "driver_cuda": "13.1"}
+    assert nodefacts.graphics() == {"gpus": ["NVIDIA A100"] * 2, "driver": "580.65.06", "driver_cuda": "13.1"}
 
     def none(name: str) -> Any:
         raise OSError("libnvidia-ml.so.1: cannot open shared object file")
