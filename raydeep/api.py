@@ -13,7 +13,7 @@ from raydeep.config import Job
 from raydeep.errors import DataError, ModelError, RaydeepError, StorageError
 from raydeep.ops import datasets, doctor, front, searching
 from raydeep.ops.console import Ui
-from raydeep.run import Run, read_json, write_json
+from raydeep.run import Run, read_json, storage_folder, write_json
 from raydeep.tuning import Target
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: 
         export.to_onnx(*artifact.freeze(model.eval(), spec, fold=False))
     recipe.check(job, spec)
     runtimes.check_runtimes(job.export)
-    track.check(job.search.track, shared=mirror.address(mirror.place(job.storage)) is None)
+    track.check(job.search.track, shared=mirror.address(storage_folder(job)) is None)
     fresh = run is None
     run = run or Run.create(job, command)
     stack.enter_context(run.locked())

@@ -399,7 +399,7 @@ def test_a_name_that_is_no_text_is_one_error(project: Path, tmp_path: Path) -> N
     ("text", "message"),
     [
         ("env_vars: [A]", "env_vars: expected NAME"),
-        ("env_vars: {A: 1}", "env_vars: expected NAME"),
+        ("env_vars: {AWS_KEY: x, A: 1, B: 2}", 'env_vars: expected NAME: "TEXT" lines, A, B is none'),
         ("- a", "expected KEY: VALUE lines"),
         ("working_dir: .", "working_dir: expected config, env_vars, .*--include"),
         ("pips: [torch]", "pips: expected config, env_vars"),
@@ -413,9 +413,10 @@ def test_a_runtime_environment_with_nonsense_is_refused(tmp_path: Path, text: st
         submit._environment(tmp_path / "env.yaml")
 
 
-def test_a_password_in_an_address_is_not_repeated() -> None:
+@pytest.mark.parametrize("address", ["http://me:hunter2@127.0.0.1:9", "me:hunter2@127.0.0.1:9", "ray://hunter2@head"])
+def test_a_password_in_an_address_is_not_repeated(address: str) -> None:
     with pytest.raises(RaydeepError) as told:
-        submit.connect("http://me:hunter2@127.0.0.1:9")
+        submit.connect(address)
     assert "hunter2" not in str(told.value)
 
 

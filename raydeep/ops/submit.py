@@ -39,13 +39,13 @@ def connect(address: str) -> JobSubmissionClient:
     Raises:
         RaydeepError: nothing answers there, or it refuses the token.
     """
+    if "@" in address:
+        raise RaydeepError("--address: expected http://HOST:PORT without user and password: Ray asks for a token alone")
     if not address.startswith(("http://", "https://")):
         raise RaydeepError(
             f"--address {address}: expected the address of the job server, as http://HOST:8265 "
             f"(cluster/local.sh status prints it; RAY_API_SERVER_ADDRESS does instead of --address)"
         )
-    if "@" in address:
-        raise RaydeepError("--address: expected http://HOST:PORT without user and password: Ray asks for a token alone")
     import ray
     from ray.job_submission import JobSubmissionClient
 
@@ -111,8 +111,9 @@ def _environment(file: Path | None) -> dict[str, Any]:
             f"the nodes' environment (cluster/README.md), files go along with --include"
         )
     own = given.get("env_vars", {})
-    if not isinstance(own, dict) or not all(isinstance(text, str) for pair in own.items() for text in pair):
-        raise JobError(f'{file}: env_vars: expected NAME: "TEXT" lines, found {own!r}')
+    odd = [name for name, text in own.items() if not isinstance(text, str)] if isinstance(own, dict) else ["it"]
+    if odd:  # named, not shown: a value may be a secret
+        raise JobError(f'{file}: env_vars: expected NAME: "TEXT" lines, {", ".join(map(str, odd))} is none')
     if not isinstance(given.get("py_executable", ""), str):
         raise JobError(f"{file}: py_executable: expected a path, found {given['py_executable']!r}")
     return {**given, "env_vars": {**RUNTIME_ENV["env_vars"], **own}}
