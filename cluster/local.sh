@@ -9,9 +9,9 @@
 # RAYDEEP_CLUSTER_CPUS      logical CPUs of each worker (this machine's cores shared out, at least 2)
 # RAYDEEP_STORAGE           below it lies the relative `storage` of jobs (that folder, so FOLDER/runs)
 # RAY_AUTH_TOKEN_PATH       an existing token file to use instead of a generated one
-set -Eeuo pipefail
+set -euo pipefail
 
-dir=${RAYDEEP_CLUSTER_DIR:-${TMPDIR:-/tmp}/raydeep-$(id -u)}
+dir=${RAYDEEP_CLUSTER_DIR:-/tmp/raydeep-$(id -u)}
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 die() { echo "local.sh: $*" >&2; exit 2; }
@@ -86,6 +86,7 @@ PYTHON
 node() {
     local name=$1
     shift
+    : >"$dir/nodes/$name.log" # what one before it said is not said of this one
     # In a session of its own, as Ctrl-C in this terminal is not meant for the cluster; without the files that the caller
     # has open: a pipe or a lock would be held for as long as the cluster runs.
     python3 -c 'import os, sys; os.setsid(); os.closerange(3, 1024); os.execvp(sys.argv[1], sys.argv[1:])' \
@@ -122,18 +123,14 @@ start_head() {
     fi
     chmod 600 "$RAY_AUTH_TOKEN_PATH"
 
-    local port dash client end
+    local port dash client
     read -r port dash client <<<"$(free_ports 3)"
     # The head works on no trial and trains nothing where there are workers: it runs the drivers.
     # shellcheck disable=SC2046
     node head --head --port "$port" --dashboard-host 127.0.0.1 --dashboard-port "$dash" --temp-dir "$dir/t/0" \
         --ray-client-server-port "$client" --object-store-memory $memory \
         --num-cpus $((workers > 0 ? 0 : (cores < 4 ? 4 : cores))) $(own_ports)
-    end=$((SECONDS + 90))
-    until grep -q -- '--address=' "$dir/nodes/head.log" 2>/dev/null; do
-        alive "$dir/nodes/head.pid" && [ $SECONDS -lt $end ] || false
-        sleep 0.2
-    done
+    started head || return 1
     cat >"$dir/env" <<ENV
 export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN_PATH=$RAY_AUTH_TOKEN_PATH
@@ -153,24 +150,30 @@ start_workers() {
         node "$name" --address "$RAYDEEP_CLUSTER_GCS" --temp-dir "$dir/t/$i" --num-cpus "$cpus" \
             --object-store-memory $memory $(own_ports)
         # Ray gives a raylet 30 s to start: many at once would take longer.
-        if [ $((i % 4)) -eq 0 ]; then wait_for_workers "$i"; fi
+        if [ $((i % 4)) -eq 0 ]; then started "$name" || return 1; fi
     done
-    wait_for_workers "$workers"
+    for ((i = 1; i <= workers; i++)); do started "worker-$i" || return 1; done
 }
 
-wait_for_workers() {
-    local i seen end=$((SECONDS + 120))
-    until seen=$(count) && [ "$seen" -gt "$1" ]; do
-        for ((i = 1; i <= $1; i++)); do alive "$dir/nodes/worker-$i.pid"; done
-        [ $SECONDS -lt $end ] || false
-        sleep 0.5
+# Wait until a node says that it has started; 1 if it ends before, or takes too long.
+started() {
+    local end=$((SECONDS + 120))
+    until grep -q 'Ray runtime started' "$dir/nodes/$1.log" 2>/dev/null; do
+        if ! kill -0 "$(cat "$dir/nodes/$1.pid")" 2>/dev/null || [ $SECONDS -ge $end ]; then return 1; fi
+        sleep 0.2
     done
+}
+
+failed() {
+    echo "local.sh: $1; what its nodes said:" >&2
+    tail -n 5 "$dir"/nodes/*.log >&2 || true
 }
 
 up() {
     workers=$1
     [[ $workers =~ ^(0|[1-9][0-9]{0,2})$ ]] || die "up [N]: found $workers, expected a number of workers, 0 to 999"
     # sun_path holds 107 bytes: FOLDER/t/NN/session_2026-11-30_12-02-23_346619_1234567/sockets/plasma_store
+    [[ $dir = /* ]] || die "$dir: RAYDEEP_CLUSTER_DIR must be an absolute path"
     [ ${#dir} -le 36 ] || die "$dir: sockets need a path of at most 36 characters; set RAYDEEP_CLUSTER_DIR to a shorter one"
     { mkdir -p "$dir" && [ -O "$dir" ] && [ -w "$dir" ]; } 2>/dev/null || die "$dir can't be used as a folder; set RAYDEEP_CLUSTER_DIR"
     alone
@@ -178,17 +181,17 @@ up() {
     if alive "$dir/nodes/head.pid" && [ -f "$dir/env" ]; then
         # shellcheck disable=SC1091
         . "$dir/env"
-        start_workers || die "a worker did not start; see $dir/nodes"
+        start_workers || { failed "a worker did not start"; exit 1; }
         echo "$workers workers run"
         return
     fi
     if running; then die "its head is dead, its workers are not; first: cluster/local.sh down"; fi
-    trap 'echo "local.sh: the cluster did not start; what it said:" >&2; tail -n 5 "$dir"/nodes/*.log >&2 || true; stop; exit 1' ERR INT TERM
-    start_head
+    trap 'stop; exit 130' INT TERM
+    start_head || { failed "the head did not start"; stop; exit 1; }
     # shellcheck disable=SC1091
     . "$dir/env"
-    start_workers
-    trap - ERR INT TERM
+    start_workers || { failed "a worker did not start"; stop; exit 1; }
+    trap - INT TERM
     cat <<SAY
 A head and $workers workers of $cpus logical CPUs each. Jobs from this machine:
   . $dir/env
@@ -201,15 +204,6 @@ Token: $RAY_AUTH_TOKEN_PATH
 Another machine, with raydeep in the same versions and that folder of runs mounted at the same path, joins with:
   mkdir -p ~/.ray && scp $(id -un)@${RAYDEEP_CLUSTER_GCS%:*}:$RAY_AUTH_TOKEN_PATH ~/.ray/auth_token && RAY_AUTH_MODE=token RAYDEEP_STORAGE=$RAYDEEP_STORAGE ray start --address=$RAYDEEP_CLUSTER_GCS
 SAY
-}
-
-# Raylets that the GCS counts as alive.
-count() {
-    python3 - "$RAYDEEP_CLUSTER_GCS" 2>/dev/null <<'PYTHON'
-import sys
-from ray._raylet import GcsClient
-print(sum(node.state == 0 for node in GcsClient(address=sys.argv[1]).get_all_node_info().values()))
-PYTHON
 }
 
 status() {
