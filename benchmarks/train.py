@@ -42,6 +42,7 @@ from raydeep.run import read_lines
 from raydeep.train import checkpoint, losses
 from raydeep.train.loop import fit
 from raydeep.train.parallel import rank_world
+from raydeep.train.saver import Saver
 
 ROOT = Path(__file__).parent.parent
 BATCH = 128
@@ -96,7 +97,7 @@ def by_hand(model: nn.Module, at: Setting, epochs: int = 1, fused: bool = True) 
     return rates
 
 
-def by_raydeep(model: nn.Module, at: Setting, saver: checkpoint.Saver | None = None, **train: Any) -> None:
+def by_raydeep(model: nn.Module, at: Setting, saver: Saver | None = None, **train: Any) -> None:
     """The same by fit()."""
     cfg = Train(**{**SAME, "epochs": 1, "lr": LR, **train})
     rank, world = rank_world()
@@ -194,7 +195,7 @@ def defaults(folder: Path, work: Path, quick: bool) -> list[dict[str, Any]]:
     return results
 
 
-class Timed(checkpoint.Saver):
+class Timed(Saver):
     """Notes for how long each save holds up the loop."""
 
     def __init__(self, folder: Path) -> None:

@@ -93,7 +93,11 @@ def test_the_order_names_every_package():
         ("report", "train", set()),
         ("deploy", "train", set()),
         ("model", "data", set()),
-        ("search", "train", {f"raydeep.train.{part}" for part in ("checkpoint", "loop", "losses", "parallel")}),
+        (
+            "search",
+            "train",
+            {f"raydeep.train.{part}" for part in ("checkpoint", "loop", "losses", "parallel", "saver")},
+        ),
     ],
 )
 def test_packages_that_keep_apart(folder, other, allowed):

@@ -202,6 +202,9 @@ def test_ray_job_submit_from_a_clean_shell_loses_a_raylet_and_finishes(cluster: 
     folder = cluster.folder("digits")
     assert folder is not None
     assert (folder / "front.json").is_file()
+    sent = list(cluster.home.glob("t/*/session_2*/runtime_resources/working_dir_files/_ray_pkg_*/jobs"))
+    assert sent
+    assert not any((jobs.parent / "raydeep").exists() for jobs in sent), "workers would run it, the driver another"
     cluster.local("up", "2")
 
 

@@ -20,9 +20,10 @@ from raydeep.data.augment import Augmenter
 from raydeep.data.batches import Batches
 from raydeep.data.resident import Pixels
 from raydeep.errors import TrainError
-from raydeep.train import checkpoint, control, losses
+from raydeep.train import control, losses
 from raydeep.train.control import Control, Votes, Watch, Wish
 from raydeep.train.loop import fit
+from raydeep.train.saver import Saver
 from raydeep.train.worker import probe
 
 CFG = Train(epochs=1, batch_size=8, lr=0.05, precision="float32")
@@ -77,11 +78,11 @@ def worker(rank: int, folder: Path) -> None:
         probe(folder / f"own{rank}", votes, f"node{rank}")
     seen["unshared"] = str(caught.value)
 
-    class Full(checkpoint.Saver):
+    class Full(Saver):
         def _write(self, *_: Any) -> None:
             self.error = "the disk of rank 0 is full"
 
-    saver = (Full if rank == 0 else checkpoint.Saver)(folder / "full", sharded=False)
+    saver = (Full if rank == 0 else Saver)(folder / "full", sharded=False)
     torch.manual_seed(0)
     cfg = CFG.model_copy(update={"checkpoint_steps": 1})
     with pytest.raises(TrainError) as caught:
@@ -89,7 +90,7 @@ def worker(rank: int, folder: Path) -> None:
     seen["full"] = str(caught.value)
     wishes, told = iter([Wish()]), Wish(leave=rank == 1)
     leaver = Control(wishes=lambda: next(wishes, told))
-    saver = checkpoint.Saver(folder / "leave")
+    saver = Saver(folder / "leave")
     try:
         fit(Poisoned(7), losses.cross_entropy(), batches(rank, 2), CFG, saver=saver, control=leaver)
         seen["left early"] = False

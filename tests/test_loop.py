@@ -28,6 +28,7 @@ from raydeep.train.control import Control, Wish
 from raydeep.train.loop import fit
 from raydeep.train.metrics import Score, confusion, evaluate
 from raydeep.train.optim import lr_factor, make_optimizer
+from raydeep.train.saver import Saver
 
 ROWS, BATCH = 320, 64  # five steps an epoch
 CFG = Train(epochs=2, batch_size=BATCH, lr=0.05, precision="float32")
@@ -244,7 +245,7 @@ def test_a_learning_rate_that_explodes_is_noticed(pixels):
 # checkpoints
 
 
-class Keeper(checkpoint.Saver):
+class Keeper(Saver):
     """Writes each checkpoint at once, to a folder of its own."""
 
     moments: list[checkpoint.Moment]
@@ -258,8 +259,8 @@ class Keeper(checkpoint.Saver):
         self.folder = whole
 
 
-def save_now(folder: Path, moment: checkpoint.Moment, model: nn.Module, **parts: Any) -> checkpoint.Saver:
-    saver = checkpoint.Saver(folder, **parts)
+def save_now(folder: Path, moment: checkpoint.Moment, model: nn.Module, **parts: Any) -> Saver:
+    saver = Saver(folder, **parts)
     saver.save(moment, checkpoint.State(model, make_optimizer(model, CFG, 0.1)))
     saver.wait()
     return saver
@@ -310,7 +311,7 @@ def test_a_checkpoint_is_a_copy_that_later_steps_do_not_change(tmp_path):
     """It is written in a thread while training goes on."""
     model = network()
     nn.init.constant_(model[0].bias, 1)
-    saver = checkpoint.Saver(tmp_path)
+    saver = Saver(tmp_path)
     saver.save(checkpoint.Moment(1, 0, 0.0, 5, 5), checkpoint.State(model, make_optimizer(model, CFG, 0.1)))
     nn.init.constant_(model[0].bias, 2)
     saver.wait()
@@ -437,9 +438,9 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_training_and_spares_the_l
     def full(*_: Any) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_tensors", full)
+    monkeypatch.setattr("raydeep.train.saver.save_tensors", full)
     with pytest.raises(TrainError, match=r"no space left on the device; the last one, of step 20, is whole. Free"):
-        fit(network(), CROSS_ENTROPY, batches(pixels), CFG, saver=checkpoint.Saver(saved))
+        fit(network(), CROSS_ENTROPY, batches(pixels), CFG, saver=Saver(saved))
     assert sorted(path.name for path in saved.iterdir()) == ["step-000000015", "step-000000020"]
 
 
@@ -490,12 +491,12 @@ def test_a_bucket_that_is_gone_stops_the_training_with_one_error(on, bucket, pix
 
     monkeypatch.setattr(remote, "put", gone)
     with pytest.raises(TrainError, match=r"the checkpoint can't be written: storage s3://.*NETWORK") as caught:
-        fit(network(), CROSS_ENTROPY, batches(pixels), CFG, saver=checkpoint.Saver(folder))
+        fit(network(), CROSS_ENTROPY, batches(pixels), CFG, saver=Saver(folder))
     assert "the last one, of step 3, is whole" in str(caught.value)
     assert str(caught.value).endswith(f"go on with --resume {bucket}/run")
     monkeypatch.setattr(remote, "listing", gone)
     with pytest.raises(TrainError, match=rf"NETWORK.*--resume {bucket}/run$"):
-        fit(network(), CROSS_ENTROPY, batches(pixels), CFG, saver=checkpoint.Saver(folder))
+        fit(network(), CROSS_ENTROPY, batches(pixels), CFG, saver=Saver(folder))
 
 
 @pytest.mark.parametrize("wish", [Wish(save=True), Wish(leave=True)])

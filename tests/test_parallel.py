@@ -20,6 +20,7 @@ from raydeep.model import zoo
 from raydeep.train import checkpoint, fsdp, losses, parallel
 from raydeep.train.loop import fit
 from raydeep.train.metrics import Score, evaluate
+from raydeep.train.saver import Saver
 
 TOLERANCE = 1e-9
 ROWS, BATCH, STEPS = 101, 16, 6
@@ -92,7 +93,7 @@ def train_as(
     batches = Double(
         data, Augmenter(Augment(mixup=0.2), [0.3], [0.4]), BATCH, 7, rank=rank, world=world, accumulate=cfg.accumulate
     )
-    saver = checkpoint.Saver(folder, sharded=strategy.sharded)
+    saver = Saver(folder, sharded=strategy.sharded)
     before = checkpoint.load(resume) if resume is not None else None
     return fit(
         network(kind), LOSS, batches, cfg, strategy=strategy, evaluate=score, saver=saver, resume=before,

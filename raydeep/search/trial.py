@@ -182,6 +182,7 @@ class Bench:
         from raydeep.model import artifact
         from raydeep.train import checkpoint, losses, parallel
         from raydeep.train.loop import fit
+        from raydeep.train.saver import Saver
 
         folder, data = self.folder(work), self.data
         job = self.job.with_values(work.values)
@@ -198,7 +199,7 @@ class Bench:
         resume, start = self._resume(work, folder)
         fit(
             model, losses.cross_entropy(cfg.label_smoothing), batches, cfg, epochs=epochs, until=work.epochs,
-            seed=work.seed, saver=checkpoint.Saver(folder / "checkpoints", keep=1), resume=resume,
+            seed=work.seed, saver=Saver(folder / "checkpoints", keep=1), resume=resume,
         )  # fmt: skip
         last = checkpoint.latest(folder / "checkpoints")
         pbt = self.job.search.scheduler == "pbt"

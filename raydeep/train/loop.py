@@ -23,6 +23,7 @@ from raydeep.train.control import Control, Wish
 from raydeep.train.losses import Loss
 from raydeep.train.metrics import Score
 from raydeep.train.optim import lr_factor, make_optimizer
+from raydeep.train.saver import Saver
 
 if TYPE_CHECKING:
     from raydeep.config import Train
@@ -44,7 +45,7 @@ def fit(
     evaluate: Callable[[parallel.Strategy], Score] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
-    saver: checkpoint.Saver | None = None,
+    saver: Saver | None = None,
     resume: checkpoint.Checkpoint | None = None,
     control: Control | None = None,
 ) -> list[dict[str, Any]]:
@@ -116,7 +117,7 @@ class _Fit:
         lr: float,
         seed: int,
         strategy: parallel.Strategy | None,
-        saver: checkpoint.Saver | None,
+        saver: Saver | None,
         control: Control | None,
     ) -> None:
         self.loss, self.batches, self.cfg, self.lr, self.seed = loss, batches, cfg, lr, seed

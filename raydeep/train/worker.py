@@ -24,6 +24,7 @@ from raydeep.run import append_line, read_json, read_lines, usable_cores, write_
 from raydeep.train import checkpoint, losses, parallel
 from raydeep.train.control import Control, Votes, Watch, Wish
 from raydeep.train.metrics import Score, evaluate
+from raydeep.train.saver import Saver
 
 SAVE_FIRST_S = 20.0  # most that a shutdown waits for a checkpoint
 AGAIN_S = 5.0  # between checkpoints while a node is about to go
@@ -39,7 +40,7 @@ class _Notices:
 
     def __init__(self) -> None:
         self.save, self.leave = threading.Event(), threading.Event()
-        self.saver: checkpoint.Saver | None = None  # of the training that is under way
+        self.saver: Saver | None = None  # of the training that is under way
         self.draining_at = self.looked_at = 0.0
         self.ask: Path | None = None  # the driver's file: it is there while a checkpoint is waited for
         self.asked_at: int | None = None  # saver.started, then
@@ -172,7 +173,7 @@ def _train(job: Job, folder: Path, config: dict[str, Any], watch: Watch, local: 
     probe(folder / "checkpoints", control.votes, watch.node)
     _check_places(job, control.votes, watch.node, local)
     resume = _resume(folder, control.votes, watch.node, watch.before)
-    saver = checkpoint.Saver(folder / "checkpoints", sharded=strategy.sharded, keep=cfg.keep_checkpoints)
+    saver = Saver(folder / "checkpoints", sharded=strategy.sharded, keep=cfg.keep_checkpoints)
     torch.manual_seed(job.seed)
     model = artifact.build(config["spec"]).to(device)
     batches = Batches(
