@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import jinja2
@@ -11,6 +10,7 @@ from plotly.offline import get_plotlyjs
 from raydeep.report import search, tables, words
 from raydeep.report.folder import Run, read_run
 from raydeep.report.plots import plot_data
+from raydeep.run import write_bytes
 
 
 def write_report(run_dir: Path) -> Path:
@@ -29,21 +29,13 @@ def write_report(run_dir: Path) -> Path:
         RaydeepError: If the folder is no run, or one of its whole files can't be parsed.
     """
     run_dir = Path(run_dir)
-    html = render(read_run(run_dir), run_dir.name)
-    path, aside = run_dir / "report.html", run_dir / f".report.html.{os.getpid()}.tmp"
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(html)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    path = run_dir / "report.html"
+    write_bytes(path, render(read_run(run_dir), run_dir.name).encode())
     return path
 
 
-def render(run: Run, folder: str) -> str:
-    """The page of a run as text; `folder` names the run where its provenance does not."""
+def templates() -> jinja2.Environment:
+    """What the templates of the pages are rendered with."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -60,37 +52,46 @@ def render(run: Run, folder: str) -> str:
         "bits": words.bits,
         "duration": words.duration,
     }
+    return environment
+
+
+def render(run: Run, folder: str) -> str:
+    """The page of a run as text; `folder` names the run where its provenance does not."""
     headline, detail = words.answer(run)
     data = plot_data(run)
     rungs = data["points"]["rungs"]
     drawn = bool(data["points"]["bytes"] or data["curves"] or data["confusion"] or data["layers"] or data["volume"])
-    return environment.get_template("page.html.j2").render(
-        title=str(run.job.get("name") or folder),
-        run_id=str(run.provenance.get("id") or folder),
-        skipped=run.skipped,
-        headline=headline,
-        detail=detail,
-        data=data,
-        words={measure["name"]: measure["words"] for measure in data["measures"]},
-        aim=search.aim(run),
-        hollow=any(n and n > 1 for n in rungs) and any(rungs[i] == 1 for i in data["front"]),
-        progress=search.progress(run),
-        volume=search.volume(run),
-        best=search.best(run),
-        failed=len(run.failed),
-        last_epoch=run.metrics[-1] if run.metrics else {},
-        epochs=len(run.metrics),
-        models=tables.models(run, data),
-        swept=tables.swept(run),
-        compressed=tables.compressed(run),
-        verification=tables.verification(run),
-        split=str((run.evaluation or {}).get("split") or "test"),
-        per_class=tables.per_class(data["confusion"]) if data["confusion"] else [],
-        failures=tables.failures(run),
-        cost=tables.cost(run),
-        provenance=tables.provenance(run),
-        at_commit=bool(run.provenance.get("git_commit")),
-        command=str(run.provenance.get("command") or ""),
-        job_text=run.job_text,
-        plotly_js=get_plotlyjs() if drawn else "",
+    return (
+        templates()
+        .get_template("page.html.j2")
+        .render(
+            title=str(run.job.get("name") or folder),
+            run_id=str(run.provenance.get("id") or folder),
+            skipped=run.skipped,
+            headline=headline,
+            detail=detail,
+            data=data,
+            words={measure["name"]: measure["words"] for measure in data["measures"]},
+            aim=search.aim(run),
+            hollow=any(n and n > 1 for n in rungs) and any(rungs[i] == 1 for i in data["front"]),
+            progress=search.progress(run),
+            volume=search.volume(run),
+            best=search.best(run),
+            failed=len(run.failed),
+            last_epoch=run.metrics[-1] if run.metrics else {},
+            epochs=len(run.metrics),
+            models=tables.models(run, data),
+            swept=tables.swept(run),
+            compressed=tables.compressed(run),
+            verification=tables.verification(run),
+            split=str((run.evaluation or {}).get("split") or "test"),
+            per_class=tables.per_class(data["confusion"]) if data["confusion"] else [],
+            failures=tables.failures(run),
+            cost=tables.cost(run),
+            provenance=tables.provenance(run),
+            at_commit=bool(run.provenance.get("git_commit")),
+            command=str(run.provenance.get("command") or ""),
+            job_text=run.job_text,
+            plotly_js=get_plotlyjs() if drawn else "",
+        )
     )
