@@ -25,8 +25,12 @@ __all__ = [
 class Job(Section):
     """One job file."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "job"
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = Field(
+        "job", description="First part of the run folder's name: letters, digits, `_`, `.` and `-`, at most 64"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        0, description="Of weights, order, augmentation and search; the splits have data.split_seed"
+    )
     storage: str = Field(
         "runs", description="Folder of the run folders; on a cluster, one that all nodes share, or s3://BUCKET/FOLDER"
     )

@@ -111,7 +111,7 @@ class Quantize(Section):
 class Distill(Section):
     """Learn from a teacher (arXiv 1503.02531): the dense model, during recovery, unless another is named."""
 
-    enabled: bool = False
+    enabled: bool = Field(False, description="Whether a teacher is listened to")
     teacher: str = Field(
         "dense",
         description="dense (what compression starts from), ema (the student's own moving average, arXiv 1703.01780), a "
@@ -137,7 +137,9 @@ class Distill(Section):
 class Recover(Section):
     """Training after compression: the same loop, gentler."""
 
-    epochs: Annotated[int, Field(ge=0, le=100_000)] = 4
+    epochs: Annotated[int, Field(ge=0, le=100_000)] = Field(
+        4, description="Passes over the train split after compression; 0: none, in one shot"
+    )
     lr: Positive = Field(0.01, description="Peak learning rate of recovery")
     batch_size: MaybeCount = Field(None, description="none: that of train")
 

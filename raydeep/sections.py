@@ -150,7 +150,7 @@ class Model(Section):
 class Train(Section):
     """Training from scratch. `batch_size` is global: the same for any number of workers."""
 
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = Field(10, description="Passes over the train split")
     batch_size: Count = Field(128, description="Global batch: all workers and accumulation steps together")
     accumulate: Count = Field(1, description="Micro-batches whose gradients are summed before a step")
     optimizer: Literal["sgd", "adamw", "muon"] = Field(
@@ -161,7 +161,7 @@ class Train(Section):
     muon_rest: Positive = Field(0.1, description="muon: learning rate of what adamw trains, as a share of lr")
     lr: Positive = Field(0.1, description="Peak learning rate")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Of sgd and muon")
-    weight_decay: NotNegative = 5e-4
+    weight_decay: NotNegative = Field(5e-4, description="Of matrices and kernels, not of biases and norms")
     schedule: Literal["cosine", "one_cycle", "step"] = Field(
         "cosine",
         description="Learning rate after warm-up: cosine to zero (arXiv 1608.03983), one_cycle (1708.07120; the "
@@ -175,7 +175,9 @@ class Train(Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Decay a step of the moving average of weights that is evaluated and kept; 0 = off"
     )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of each label that is spread over all classes (arXiv 1512.00567)"
+    )
     clip_norm: MaybePositive = Field(None, description="Clip the gradient's norm to this; none: off")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 autocast on GPUs that have it, float32 elsewhere"
@@ -190,7 +192,7 @@ class Train(Section):
         300.0, description="Checkpoint after so many seconds without one; none: only by steps and epochs"
     )
     keep_checkpoints: Count = Field(2, description="Newest checkpoints that are kept, beside the best")
-    eval_batch_size: Count = 512
+    eval_batch_size: Count = Field(512, description="Pictures at once when a network is evaluated")
     eval_flip: bool = Field(
         False, description="Validation during training averages the logits of a picture and its mirror image"
     )

@@ -31,15 +31,15 @@ MOST_POINTS = 1000  # of one key of a grid
 class Choices(Section):
     """Some values, perhaps only where other keys have certain ones."""
 
-    choices: Annotated[list[Choice], Field(min_length=1)]
+    choices: Annotated[list[Choice], Field(min_length=1, description="The values")]
     when: When = Field(default_factory=dict, description="Key of the space → values with which this key counts")
 
 
 class Range(Section):
     """Numbers from low to high, both included; whole ones if both ends are."""
 
-    low: Number
-    high: Number
+    low: Number = Field(description="Least value")
+    high: Number = Field(description="Largest value")
     log: bool = Field(False, description="Even in the logarithm")
     step: Positive | None = Field(None, description="Only low, low + step, …")
     points: Annotated[int, Field(ge=2, le=MOST_POINTS)] | None = Field(None, description="Only so many, evenly spaced")
