@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from raydeep import mirror
 from raydeep.config import Job
 from raydeep.errors import DataError, ModelError, RaydeepError, StorageError
-from raydeep.ops import datasets, doctor, front, searching
+from raydeep.ops import datasets, doctor, front, gallery, searching
 from raydeep.ops.console import Ui
 from raydeep.run import Run, read_json, storage_folder, write_json
 from raydeep.tuning import Target
 
 if TYPE_CHECKING:
-    from raydeep.compress.plan import Dense
+    from raydeep.compress.plan import Dense, Result
     from raydeep.data.resident import Dataset
     from raydeep.data.shards import Manifest
     from raydeep.train.sizing import Plan
@@ -109,11 +109,9 @@ def train_dense(session: Session) -> Dense:
     from raydeep.compress.distill import PROJECTIONS
     from raydeep.deploy import export
     from raydeep.model import artifact
-    from raydeep.search.trial import save_predictions
     from raydeep.train import checkpoint, launch
-    from raydeep.train.metrics import confusion
 
-    run, ui, data, job = session.run, session.ui, session.data, session.job
+    run, ui, job = session.run, session.ui, session.job
     folder = run.model("dense")
     if (folder / "SHA256SUMS").exists():
         done = checkpoint.latest(run.path / "checkpoints")
@@ -145,15 +143,7 @@ def train_dense(session: Session) -> Dense:
         model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(PROJECTIONS)})
         spec, tensors = artifact.freeze(model.eval(), session.spec, fold=False)
         packed = pack.pack(spec, tensors)
-        result = plan.measure(packed, data, job.train.eval_batch_size)
-        save_predictions(run.path / "trials" / "dense", val=result.val_predictions, test=result.test_predictions)
-        write_json(
-            run.path / "evaluation.json",
-            {
-                "split": "test", "accuracy": result.test_accuracy,
-                "confusion": confusion(data.test.labels, result.test_predictions, len(data.classes)).tolist(),
-            },
-        )  # fmt: skip
+        result = _evaluate(session, packed)
         export.write_model(folder, packed)
         run.save()
         stage.text = (
@@ -162,6 +152,23 @@ def train_dense(session: Session) -> Dense:
         )
     datasets.say_input(job, run, session.manifest, ui)
     return plan.Dense(*artifact.load_model(folder))
+
+
+def _evaluate(session: Session, packed: bytes) -> Result:
+    """Score the dense model; keep what it predicts, its confusion matrix and pictures of its worst errors."""
+    from raydeep.compress import plan
+    from raydeep.search.trial import save_predictions
+    from raydeep.train.metrics import confusion
+
+    run, data = session.run.path, session.data
+    result = plan.measure(packed, data, session.job.train.eval_batch_size)
+    test = result.test_predictions
+    save_predictions(run / "trials" / "dense", val=result.val_predictions, test=test)
+    counts = confusion(data.test.labels, test, len(data.classes)).tolist()
+    write_json(run / "evaluation.json", {"split": "test", "accuracy": result.test_accuracy, "confusion": counts})
+    if trouble := gallery.keep(run, session.job, data, test, result.test_probability):
+        session.ui.say(f"note       {trouble}")
+    return result
 
 
 def _say_attempt(row: dict[str, Any], ui: Ui) -> None:
@@ -228,10 +235,9 @@ def search(job: Job, command: str, ui: Ui, start: Path | None = None, resume: Ru
 
 def _take_dense(session: Session, start: Path) -> None:
     """Copy the dense model of another run, with what it predicts here."""
-    from raydeep.compress import pack, plan
+    from raydeep.compress import pack
     from raydeep.deploy import export
     from raydeep.model import artifact
-    from raydeep.search.trial import save_predictions
 
     folder = artifact.dense_folder(start)
     if not (folder / "spec.json").is_file():
@@ -246,7 +252,6 @@ def _take_dense(session: Session, start: Path) -> None:
     if spec["classes"] != session.spec["classes"] or spec["input"] != session.spec["input"]:
         raise ModelError(f"{folder}: made for other classes or another picture size than this job's data")
     packed = pack.pack(spec, tensors)
-    result = plan.measure(packed, session.data, session.job.train.eval_batch_size)
-    save_predictions(session.run.path / "trials" / "dense", val=result.val_predictions, test=result.test_predictions)
+    _evaluate(session, packed)
     export.write_model(session.run.model("dense"), packed)
     session.run.save()

@@ -75,6 +75,10 @@ def test_the_front_is_verified_and_reported(killed_and_resumed: tuple[Path, list
         assert model["onnx_differ"] * 500 <= model["rows"]
         assert model["label"] in said
     assert (folder / "report.html").stat().st_size > 1_000_000
+    gallery = json.loads((folder / "gallery.json").read_text())
+    assert gallery["wrong"] == round((1 - front["dense"]["test_accuracy"]) * gallery["rows"])
+    assert bool(gallery["wrong"]) == bool(gallery["errors"])
+    assert gallery["augmentation"]["changes"]
     epochs = [row["epoch"] for row in read_lines(folder / "metrics.jsonl")]
     assert epochs == list(range(1, 13))
 

@@ -6,7 +6,7 @@ What is scored is what was packed: the bytes are read back and evaluated.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,6 +49,7 @@ class Result(NamedTuple):
     test_accuracy: float
     val_predictions: np.ndarray  # int64 of shape [rows]
     test_predictions: np.ndarray
+    test_probability: np.ndarray  # float32 of shape [rows], of the class predicted
     cost: cost.Cost
     weights: cost.Cost  # of convolutions and linear layers alone
     history: list[dict[str, Any]]
@@ -287,10 +288,12 @@ class _Steps:
 def measure(packed: bytes, data: Dataset, batch_size: int, history: list[dict[str, Any]] | None = None) -> Result:
     """Score packed bytes: read them back, rebuild the network, evaluate it on val and test."""
     _, tensors = pack.unpack(packed)
-    val, test = (score(packed, data, split, batch_size) for split in (data.val, data.test))
+    val = score(packed, data, data.val, batch_size)
+    model = artifact.thaw(*pack.unpack(packed))
+    test, probability = artifact.predict_surely(model, _inputs(data, data.test, batch_size))
     return Result(
         packed, float((val == data.val.labels).mean()), float((test == data.test.labels).mean()), val, test,
-        cost.count(tensors), cost.weights(tensors), history or [], {},
+        probability, cost.count(tensors), cost.weights(tensors), history or [], {},
     )  # fmt: skip
 
 
@@ -301,4 +304,9 @@ def score(packed: bytes, data: Dataset, split: Split, batch_size: int) -> np.nda
 
 def predictions(model: torch.nn.Module, data: Dataset, split: Split, batch_size: int) -> np.ndarray:
     """Predicted classes of a split: int64 of shape [rows]."""
-    return artifact.predict(model, (m.images for m in eval_batches(split, data.mean, data.std, batch_size)))
+    return artifact.predict(model, _inputs(data, split, batch_size))
+
+
+def _inputs(data: Dataset, split: Split, batch_size: int) -> Iterator[torch.Tensor]:
+    """Batches NCHW of a split, in order."""
+    return (micro.images for micro in eval_batches(split, data.mean, data.std, batch_size))

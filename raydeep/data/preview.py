@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +19,18 @@ GAP, MARGIN, TEXT = 10, 20, 14  # pixels
 PAPER, INK, FAINT = (255, 255, 255), (20, 20, 20), (120, 120, 120)
 
 
-def contact_sheet(
+class Column(NamedTuple):
+    """The pictures of an epoch, or as they came in."""
+
+    head: str
+    pictures: list[np.ndarray]  # uint8 [H, W, C]
+    captions: list[str]  # one a picture; empty: its class is that of the first column
+
+
+def versions(
     images: np.ndarray, labels: np.ndarray, classes: Sequence[str], augmenter: Augmenter, seed: int, columns: int = 6
-) -> Image.Image:
-    """Draw pictures and their augmented versions, as a training with these rows as its first batch would see them.
+) -> list[Column]:
+    """Pictures and their augmented versions, as a training with these rows as its first batch would see them.
 
     Args:
         images: uint8 of shape [N, H, W, C].
@@ -31,19 +39,22 @@ def contact_sheet(
         augmenter: of the job. mixup and cutmix mix rows 2i and 2i + 1.
         seed: of the job.
         columns: the original and columns - 1 epochs.
-
-    Returns:
-        Mode RGB.
     """
-    pictures, captions = [list(images)], [[classes[label] for label in labels]]
+    found = [Column("original", list(images), [classes[label] for label in labels])]
     for epoch in range(columns - 1):
         numbers = torch.from_numpy(augmenter.shape_draws(order.draws(seed, epoch, 0, len(images), DRAWS)))
         own = torch.from_numpy(np.array(labels, np.int64))
         x, other, weight = augmenter.mix(augmenter(torch.from_numpy(np.array(images)), numbers), own, numbers)
-        pictures.append(list(_to_uint8(x, augmenter.mean, augmenter.std)))
-        captions.append(_captions(own, other, weight, classes))
-    heads = ["original", *(f"epoch {epoch}" for epoch in range(columns - 1))]
-    return _sheet(heads, pictures, captions)
+        pixels = list(_to_uint8(x, augmenter.mean, augmenter.std))
+        found.append(Column(f"epoch {epoch}", pixels, _captions(own, other, weight, classes)))
+    return found
+
+
+def contact_sheet(
+    images: np.ndarray, labels: np.ndarray, classes: Sequence[str], augmenter: Augmenter, seed: int, columns: int = 6
+) -> Image.Image:
+    """Draw what `versions` gives, side by side: mode RGB."""
+    return _sheet(versions(images, labels, classes, augmenter, seed, columns))
 
 
 def _to_uint8(x: torch.Tensor, mean: list[float], std: list[float]) -> np.ndarray:
@@ -66,26 +77,27 @@ def _captions(
     return found
 
 
-def _sheet(heads: list[str], pictures: list[list[np.ndarray]], captions: list[list[str]]) -> Image.Image:
-    """Columns of pictures [H, W, C] with a line of text under each; a line of heads above, a gap after the first."""
+def _sheet(columns: list[Column]) -> Image.Image:
+    """Columns of pictures with a line of text under each; a line of heads above, a gap after the first."""
     font = ImageFont.load_default(TEXT)
-    height, width = pictures[0][0].shape[:2] if pictures[0] else (1, 1)
+    rows = columns[0].pictures
+    height, width = rows[0].shape[:2] if rows else (1, 1)
     scale = max(1, round(CELL / max(height, width)))
     cell_w, cell_h = width * scale, height * scale
-    longest = max((font.getlength(text) for column in [*captions, heads] for text in column), default=0)
+    longest = max((font.getlength(text) for column in columns for text in (column.head, *column.captions)), default=0)
     text_w = min(int(longest) + 1, 2 * cell_w)  # long names may widen the columns, within reason
     step_x, step_y = max(cell_w, text_w) + GAP, cell_h + TEXT + 2 * GAP + GAP // 2
     top = MARGIN + TEXT + GAP
     size = (
-        2 * MARGIN + step_x * len(pictures) - GAP + (GAP if len(pictures) > 1 else 0),
-        top + step_y * len(pictures[0]) - GAP + MARGIN,
+        2 * MARGIN + step_x * len(columns) - GAP + (GAP if len(columns) > 1 else 0),
+        top + step_y * len(rows) - GAP + MARGIN,
     )
     sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
-    for column, (head, column_pictures, column_captions) in enumerate(zip(heads, pictures, captions, strict=True)):
+    for column, (head, pictures, captions) in enumerate(columns):
         left = MARGIN + column * step_x + (GAP if column else 0)
         pen.text((left, MARGIN), head, FAINT, font)
-        for row, (pixels, caption) in enumerate(zip(column_pictures, column_captions, strict=True)):
+        for row, (pixels, caption) in enumerate(zip(pictures, captions, strict=True)):
             y = top + row * step_y
             image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).convert("RGB")
             sheet.paste(image.resize((cell_w, cell_h), Image.Resampling.NEAREST), (left, y))
