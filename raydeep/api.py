@@ -60,7 +60,7 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: 
     track.check(job.search.track, shared=mirror.address(storage_folder(job)) is None)
     fresh = run is None
     run = run or Run.create(job, command)
-    stack.enter_context(run.locked())
+    stack.enter_context(run.working())
     noted = read_json(run.path / "provenance.json").get("dataset", {}).get("hash", manifest.hash)
     if noted != manifest.hash:
         raise DataError(

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from raydeep import __version__, cli_cluster, mirror
+from raydeep import __version__, cli_cluster, cli_runs, mirror
 from raydeep.cli_cluster import AsJson, JobFile, Sets
 from raydeep.errors import RaydeepError
 
@@ -218,16 +218,8 @@ def export(
     front.export(Run.open(run), trial, Ui())
 
 
-@app.command()
-def report(run: Annotated[Path, typer.Argument(parser=_place, help="Run folder")]) -> None:
-    """Write report.html anew, from the run folder alone."""
-    from raydeep.report.page import write_report
-    from raydeep.run import fetch_light
-
-    fetch_light(run.resolve())
-    page = write_report(run.resolve())
-    mirror.push(page)
-    typer.echo(page)
+for _door in (cli_runs.runs, cli_runs.show, cli_runs.report):
+    app.command()(_door)
 
 
 @app.command()

@@ -164,19 +164,28 @@ def names(folder: Path) -> list[str]:
         return sorted(remote.listing(*found))
 
 
-def pull(folder: Path, only: Callable[[str], bool] = lambda name: True, exact: bool = False) -> None:
+def folders(folder: Path) -> list[str]:
+    """Names of the folders directly in a folder, sorted; in the bucket if it stands for an address."""
+    if (found := _open(folder)) is None:
+        return sorted(path.name for path in folder.iterdir() if path.is_dir())
+    with _told(folder, "read"):
+        return sorted(remote.folders(*found))
+
+
+def pull(folder: Path, only: Callable[[str], bool] = lambda name: True, exact: bool = False, deep: bool = True) -> None:
     """Make the files of a folder what they are in the bucket.
 
     Args:
         folder: to fill.
         only: of a file's path in the folder: whether it is fetched.
         exact: also remove what the bucket does not have, fetched or not.
+        deep: False: files in folders below it are not even looked for.
     """
     if (found := _open(folder)) is None:
         return
     system, key = found
     with _told(folder, "read"):
-        there = remote.listing(system, key)
+        there = remote.listing(system, key, deep)
         wanted = [name for name in sorted(there) if only(name)]
         _all(lambda name: remote.get(system, f"{key}/{name}", folder / name, there[name]), wanted)
     for path in [p for p in folder.rglob("*") if p.is_file()] if exact else []:

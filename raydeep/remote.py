@@ -162,12 +162,20 @@ def stamp_of(info: Any) -> Stamp:
     return Stamp(info.size, info.mtime_ns // S * S + MARK)  # listings of some servers tell more than the second
 
 
-def listing(system: Any, key: str) -> dict[str, Stamp]:
-    """Every object below a key, by its path there."""
+def listing(system: Any, key: str, deep: bool = True) -> dict[str, Stamp]:
+    """Every object below a key, by its path there; not `deep`: those in no folder below it."""
     from pyarrow.fs import FileSelector
 
-    found = system.get_file_info(FileSelector(key, recursive=True, allow_not_found=True))
+    found = system.get_file_info(FileSelector(key, recursive=deep, allow_not_found=True))
     return {info.path[len(key) + 1 :]: stamp_of(info) for info in found if info.is_file}
+
+
+def folders(system: Any, key: str) -> list[str]:
+    """Names of the folders directly below a key."""
+    from pyarrow.fs import FileSelector, FileType
+
+    found = system.get_file_info(FileSelector(key, recursive=False, allow_not_found=True))
+    return [info.base_name for info in found if info.type == FileType.Directory]
 
 
 def put(system: Any, key: str, what: Path | bytes) -> None:

@@ -11,14 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from raydeep import __version__, mirror
+from raydeep import __version__, lock, mirror
 from raydeep.config import Job, differing, load_job
 from raydeep.errors import JobError, ModelError, RaydeepError
 
@@ -226,16 +226,28 @@ class Run:
         Raises:
             RaydeepError: another process works on it.
         """
-        import fcntl
-
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RaydeepError(f"{self.name}: another process works on this run; wait for it or stop it") from None
-            except OSError:
-                pass  # a file system without locks: then people take care
+        with lock.held(self.path) as free:
+            if not free:
+                found = lock.holder(self.path)
+                who = f"process {found.pid} of {found.host}" if found else "another process"
+                raise RaydeepError(f"{self.name}: {who} works on this run; wait for it or stop it")
             yield
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """The same while a command works on the run: `ended` in provenance.json tells how, if not well."""
+        with self.locked():
+            if read_json(self.path / "provenance.json").get("ended"):
+                self.note(ended=None)
+            try:
+                yield
+            except BaseException as err:
+                words = (str(err).strip() or type(err).__name__).splitlines()[0][:300]
+                stopped = not isinstance(err, Exception)  # Ctrl-C, SIGTERM
+                with suppress(RaydeepError, OSError):  # what ends the command is told, not this
+                    if (self.path / "provenance.json").exists():
+                        self.note(ended={"status": "stopped"} if stopped else {"status": "failed", "error": words})
+                raise
 
     def save(self) -> None:
         """Bring what this process wrote to the bucket, where the run is kept in one; workers and trials do so too."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> list[dict[str, Any]]:
     """Export the front, verify it, write front.json and the report, print the table; gives its models' rows."""
-    with run.locked():
+    with run.working():
         return _finish(run, data, trials, ui)
 
 
