@@ -1,16 +1,20 @@
-"""The stages in order: what the command line calls."""
+"""What Python and the command line call: train, compress, search, load and predict."""
 
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from raydeep import mirror
 from raydeep.config import Job
-from raydeep.errors import DataError, ModelError, RaydeepError, StorageError
+from raydeep.errors import DataError, JobError, ModelError, RaydeepError, StorageError
 from raydeep.ops import datasets, doctor, front, gallery, searching
 from raydeep.ops.console import Ui
 from raydeep.run import Run, read_json, storage_folder, write_json
@@ -21,6 +25,10 @@ if TYPE_CHECKING:
     from raydeep.data.resident import Dataset
     from raydeep.data.shards import Manifest
     from raydeep.train.sizing import Plan
+
+
+Place = Run | str | Path  # a run, or a folder or address
+Command = str | Callable[[str], str]
 
 
 @dataclass
@@ -37,7 +45,7 @@ class Session:
     spec: dict[str, Any]
 
 
-def open_session(stack: ExitStack, job: Job, run: Run | None, command: str, ui: Ui) -> Session:
+def open_session(stack: ExitStack, job: Job, run: Run | None, command: Command, ui: Ui) -> Session:
     """Check everything that can be checked, make the run folder, start Ray, load the data."""
     from raydeep.compress import plan as recipe
     from raydeep.deploy import runtimes
@@ -180,45 +188,99 @@ def _say_attempt(row: dict[str, Any], ui: Ui) -> None:
         ui.say(f"  goes on at step {row['from_step']} with {row['workers']} workers; {lost} steps are done again")
 
 
-def train(job: Job, command: str, ui: Ui, resume: Run | None = None) -> Run:
-    """Train the dense model of a job; verify and report it."""
-    if resume is not None and (resume.path / "ledger.jsonl").exists():
-        raise RaydeepError(f"{resume.name}: the run of a search; go on with: raydeep search --resume {resume.name}")
+def train(
+    job: Job | None = None,
+    *,
+    resume: Place | None = None,
+    force: bool = False,
+    command: str | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Train the dense model of a job; verify and report it.
+
+    Args:
+        job: the job; None: that of the run that is resumed.
+        resume: a run, its folder or its address, that is gone on with at its last checkpoint.
+        force: with `resume`, take a job that differs from the run's.
+        command: what provenance.json says that reproduces it; None: `raydeep train RUN/job.yaml`.
+        quiet: print nothing.
+
+    Returns:
+        The run: `path`, `dense` (its measures), `model("dense")` (its folder).
+
+    Raises:
+        JobError: there is no job, or it is not the run's.
+        DataError: the source can't be read.
+        TrainError: training failed for good; `resume` goes on.
+        RaydeepError: the run is one of a search, or in use, or storage or cluster can't be used.
+    """
+    job, run = _take("train", job, None, resume, force)
+    if run is not None and (run.path / "ledger.jsonl").exists():
+        raise RaydeepError(f"{run.name}: the run of a search; go on with: raydeep search --resume {run.name}")
+    ui = _terminal(quiet)
     with ExitStack() as stack:
-        session = open_session(stack, job, resume, command, ui)
+        session = open_session(stack, job, run, _command("train", command), ui)
         train_dense(session)
     front.finish(session.run, session.data, [], ui)
     return session.run
 
 
-def compress(job: Job, command: str, ui: Ui, start: Path | None = None, resume: Run | None = None) -> Run:
-    """Compress once, as the prune, quantize, distill and recover sections say: a search of one trial."""
-    return search(one_trial(job), command, ui, start=start, resume=resume)
+def compress(
+    job: Job | None = None,
+    *,
+    start: Place | None = None,
+    resume: Place | None = None,
+    force: bool = False,
+    command: str | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Compress once, as the prune, quantize, distill and recover sections say: a search of one trial.
+
+    Arguments, result and errors are those of `search`.
+    """
+    job, run = _take("compress", job, start, resume, force)
+    return _search(job, run, start, _command("compress", command, start), _terminal(quiet))
 
 
-ONE = {"space": {}, "trials": 1, "scheduler": "none", "minutes": None, "constraints": (), "target": Target()}
-
-
-def one_trial(job: Job) -> Job:
-    """The job of a search that tries the job's own values only."""
-    return job.model_copy(update={"search": job.search.model_copy(update=ONE)})
-
-
-def search(job: Job, command: str, ui: Ui, start: Path | None = None, resume: Run | None = None) -> Run:
+def search(
+    job: Job | None = None,
+    *,
+    start: Place | None = None,
+    resume: Place | None = None,
+    force: bool = False,
+    command: str | None = None,
+    quiet: bool = False,
+) -> Run:
     """Train, search, export the front, verify it in a clean process, report.
 
     Args:
-        job: the job.
-        command: for the provenance.
-        ui: the terminal.
-        start: run or model folder whose dense model is taken instead of training one.
-        resume: a run to go on with.
+        job: the job; None: that of the run that is resumed.
+        start: a run, its folder, a model folder or an address, whose dense model is taken instead of training one.
+        resume: a run, its folder or its address: no finished trial is repeated.
+        force: with `resume`, take a job that differs from the run's.
+        command: what provenance.json says that reproduces it; None: `raydeep search RUN/job.yaml`.
+        quiet: print nothing.
+
+    Returns:
+        The run: `path`, `front` (the measures of each model), `model(label)` (its folder).
+
+    Raises:
+        JobError: there is no job, it is not the run's, or `start` is given with `resume`.
+        DataError: the source can't be read.
+        ModelError: `start` is no model, or does not fit the job.
+        TrainError: training failed for good; `resume` goes on.
+        RaydeepError: too many trials failed, the run is in use, or storage or cluster can't be used.
     """
+    job, run = _take("search", job, start, resume, force)
+    return _search(job, run, start, _command("search", command, start), _terminal(quiet))
+
+
+def _search(job: Job, run: Run | None, start: Place | None, command: Command, ui: Ui) -> Run:
     with ExitStack() as outer:
         with ExitStack() as stack:
-            session = open_session(stack, job, resume, command, ui)
+            session = open_session(stack, job, run, command, ui)
             if start is not None:
-                _take_dense(session, start)
+                _take_dense(session, start.path if isinstance(start, Run) else mirror.place(start, "address"))
             dense = train_dense(session)
             trackers = outer.enter_context(searching.tracking(job, session.run, ui))
             done = searching.search(
@@ -231,6 +293,43 @@ def search(job: Job, command: str, ui: Ui, start: Path | None = None, resume: Ru
     searching.clean(session.run.path)
     session.run.save()
     return session.run
+
+
+def _take(
+    stage: str, job: Job | None, start: Place | None, resume: Place | None, force: bool
+) -> tuple[Job, Run | None]:
+    """The job that a stage runs, and the run that it goes on with."""
+    if job is not None and not isinstance(job, Job):
+        raise JobError(f"expected a raydeep.Job, found {type(job).__name__}; raydeep.load_job(PATH) reads a job file")
+    if resume is None:
+        if job is None:
+            raise JobError(f"raydeep {stage} needs a job, or a run to resume")
+        return one_trial(job) if stage == "compress" else job, None
+    if start is not None:
+        raise JobError("a resumed run goes on with its own dense model: `start` can't change it")
+    run = resume if isinstance(resume, Run) else Run.open(resume)
+    if job is not None:
+        with run.locked():
+            run.take(one_trial(job) if stage == "compress" else job, force)  # as its run holds it
+    return run.job, run
+
+
+ONE = {"space": {}, "trials": 1, "scheduler": "none", "minutes": None, "constraints": (), "target": Target()}
+
+
+def one_trial(job: Job) -> Job:
+    """The job of a search that tries the job's own values only."""
+    return job.model_copy(update={"search": job.search.model_copy(update=ONE)})
+
+
+def _command(stage: str, command: str | None, start: Place | None = None) -> Command:
+    """What reproduces a run; of one that Python began, the command that takes the job from its folder."""
+    origin = [] if start is None else ["--from", start.name if isinstance(start, Run) else str(start)]
+    return command or (lambda name: shlex.join(["raydeep", stage, f"{name}/job.yaml", *origin]))
+
+
+def _terminal(quiet: bool) -> Ui:
+    return Ui(Console(quiet=True)) if quiet else Ui()
 
 
 def _take_dense(session: Session, start: Path) -> None:

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -65,36 +65,28 @@ def _run_stage(
     force: bool,
 ) -> None:
     from raydeep import api
-    from raydeep.config import load_job, parse_sets
+    from raydeep.config import Job, load_job, parse_sets
     from raydeep.errors import JobError
-    from raydeep.ops.console import Ui
     from raydeep.run import Run
 
-    if job is None and resume is None:
-        raise JobError(f"raydeep {stage} needs a job file, or --resume RUN")
-    if resume is not None and start:
+    resolved: Job | None = None
+    if resume is not None and start is not None:
         raise JobError("--resume goes on with the run's own dense model: --from can't change it")
-    ui = Ui()
-    command = shlex.join(["raydeep", *sys.argv[1:]])
     run = Run.open(resume) if resume is not None else None
     if job is not None:
         resolved = load_job(job, _sets(sets, download))
-    else:
-        assert run is not None
+    elif run is not None:
         resolved = parse_sets(run.job.model_dump(mode="json"), sets or [], "--set")
-    if run is not None:
-        if stage == "compress":
-            resolved = api.one_trial(resolved)  # as its run holds it
-        with run.locked():
-            run.take(resolved, force)
-        resolved = run.job
+    else:
+        raise JobError(f"raydeep {stage} needs a job file, or --resume RUN")
+    options: dict[str, Any] = {"resume": run, "force": force, "command": shlex.join(["raydeep", *sys.argv[1:]])}
     try:
         if stage == "train":
-            api.train(resolved, command, ui, resume=run)
+            api.train(resolved, **options)
         elif stage == "compress":
-            api.compress(resolved, command, ui, start=start, resume=run)
+            api.compress(resolved, start=start, **options)
         else:
-            api.search(resolved, command, ui, start=start, resume=run)
+            api.search(resolved, start=start, **options)
     except KeyboardInterrupt:
         typer.echo(f"stopped; go on with --resume: raydeep {stage} --resume RUN, the run folder above", err=True)
         raise typer.Exit(_STOPPED[-1]) from None

@@ -57,7 +57,7 @@ class Job(Section):
                     raise ValueError(str(err)) from None
         if self.quantize.activation_bits is not None and self.quantize.weight_bits is None:
             raise ValueError("quantize.activation_bits needs quantize.weight_bits (integer kernels need both)")
-        if self.data.source not in ("digits", "synthetic") and not self.data.path:
+        if self.data.needs_path and not self.data.path:
             raise ValueError(f"data.source {self.data.source} needs data.path (--set data.path=FOLDER)")
         self._check_batch()
         self._check_distill()

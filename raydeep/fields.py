@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from raydeep import own
 
 
 class Section(BaseModel):
@@ -66,7 +68,34 @@ TORCHVISION = "torchvision:"
 def _source(value: Any) -> Any:
     if isinstance(value, str) and (value in SOURCES or re.fullmatch(rf"{TORCHVISION}[A-Za-z]\w*", value)):
         return value
-    raise ValueError(f"expected {', '.join(SOURCES)} or {TORCHVISION}NAME (a class of torchvision.datasets)")
+    if isinstance(value, str) and not value.startswith(TORCHVISION) and own.NAME.fullmatch(value):
+        return value
+    raise ValueError(
+        f"expected {', '.join(SOURCES)}, {TORCHVISION}NAME (a class of torchvision.datasets), or package.module:factory"
+    )
+
+
+LOSSES = ("cross_entropy",)
+SCORES = ("magnitude", "lamp", "taylor", "bn_scale")
+
+
+def _or_own(known: tuple[str, ...]) -> BeforeValidator:
+    """One of these words, or a function of the user's own."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str) and (value in known or own.NAME.fullmatch(value)):
+            return value
+        raise ValueError(f"expected {', '.join(known)}, or your own function as package.module:name")
+
+    return BeforeValidator(check)
+
+
+def _schema(known: tuple[str, ...]) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [{"enum": list(known)}, {"type": "string", "pattern": f"^{own.NAME.pattern}$"}]})
+
+
+LossName = Annotated[str, _or_own(LOSSES), _schema(LOSSES)]
+ScoreName = Annotated[str, _or_own(SCORES), _schema(SCORES)]
 
 
 WeightBits = Annotated[int | Average | None, BeforeValidator(_weight_bits)]

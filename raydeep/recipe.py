@@ -9,7 +9,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from raydeep.fields import Bits, Count, MaybeCount, NotNegative, Positive, Probability, PruneKind, Section, WeightBits
+from raydeep.fields import (
+    Bits,
+    Count,
+    MaybeCount,
+    NotNegative,
+    Positive,
+    Probability,
+    PruneKind,
+    ScoreName,
+    Section,
+    WeightBits,
+)
 
 
 class Prune(Section):
@@ -23,10 +34,10 @@ class Prune(Section):
     sparsity: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="weights: share of zeros; channels: share of `target` that goes; N:M: given by the pattern"
     )
-    score: Literal["magnitude", "lamp", "taylor", "bn_scale"] = Field(
+    score: ScoreName = Field(
         "magnitude",
         description="What stays: largest magnitude, lamp (arXiv 2010.07611), taylor (first order, 1906.10771); "
-        "channels: by group, bn_scale (1708.06519) too",
+        "channels: by group, bn_scale (1708.06519) too; or your own for weights, as package.module:name",
     )
     rates: Literal["global", "uniform", "erk"] = Field(
         "global",
@@ -66,6 +77,8 @@ class Prune(Section):
             raise ValueError("score bn_scale ranks channels: use kind channels, or score magnitude, lamp or taylor")
         if self.score == "lamp" and self.kind != "weights":
             raise ValueError(f"score lamp ranks single weights: use kind weights, or score magnitude with {self.kind}")
+        if ":" in self.score and self.kind == "channels":
+            raise ValueError(f"score {self.score} ranks single weights: use kind weights or N:M")
         if self.rewind == "weights" and self.kind == "channels":
             raise ValueError("rewind weights needs the network as wide as it was: use rewind learning_rate")
         if self.rates != "global" and self.kind != "weights":

@@ -10,7 +10,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -163,9 +163,17 @@ class Run:
         self.path = path
         self.job = job
 
+    def __repr__(self) -> str:
+        return f"Run({self.name!r})"
+
     @classmethod
-    def create(cls, job: Job, command: str) -> Run:
-        """Make `<storage>/<name>-<id>/`."""
+    def create(cls, job: Job, command: str | Callable[[str], str]) -> Run:
+        """Make `<storage>/<name>-<id>/`.
+
+        Args:
+            job: is written there.
+            command: what reproduces the run, or makes that of the run's name.
+        """
         storage = storage_folder(job)
         run_id = f"{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         path = storage / f"{job.name}-{run_id}"
@@ -175,7 +183,8 @@ class Run:
             raise RaydeepError(f"storage: can't make {path}: {err.strerror}; set storage=FOLDER") from None
         run = cls(path, job)
         run._write_job()
-        write_json(path / "provenance.json", {"id": path.name, "command": command, **provenance(job.seed)})
+        facts = {"id": path.name, "command": command if isinstance(command, str) else command(run.name)}
+        write_json(path / "provenance.json", {**facts, **provenance(job.seed)})
         mirror.push(path / "provenance.json")
         return run
 
@@ -259,6 +268,29 @@ class Run:
     def model(self, label: str) -> Path:
         """Folder of one model."""
         return self.path / "models" / label
+
+    @property
+    def dense(self) -> dict[str, Any]:
+        """The dense model, as front.json has it: label, accuracies, bytes, latency and so on.
+
+        Raises:
+            RaydeepError: the run has not come so far.
+        """
+        return self._front()["dense"]
+
+    @property
+    def front(self) -> list[dict[str, Any]]:
+        """The verified models of the Pareto front, a row of front.json each, by the objectives; none after train.
+
+        Raises:
+            RaydeepError: the run has not come so far.
+        """
+        return self._front()["models"]
+
+    def _front(self) -> dict[str, Any]:
+        if not (self.path / "front.json").is_file():
+            raise RaydeepError(f"{self.name}: has no front.json yet; finish it with --resume")
+        return read_json(self.path / "front.json")
 
     def note(self, **facts: Any) -> None:
         """Add facts to provenance.json."""

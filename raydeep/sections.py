@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from raydeep.fields import (
+    TORCHVISION,
     Count,
+    LossName,
     MaybeCount,
     MaybePositive,
     MaybeSide,
@@ -33,10 +35,13 @@ class Data(Section):
     source: SourceName = Field(
         "digits",
         description="digits (embedded), synthetic, folder (class sub-folders), images (a folder and a table of "
-        "labels), parquet, webdataset (tar files), torchvision:NAME (a dataset of torchvision.datasets)",
+        "labels), parquet, webdataset (tar files), torchvision:NAME (a dataset of torchvision.datasets), or your own "
+        "as package.module:factory",
     )
     path: MaybeText = Field(
-        None, description="Folder of the source, or its address (s3://…, gs://…); not needed for digits and synthetic"
+        None,
+        description="Folder of the source, or its address (s3://…, gs://…); not needed for digits and synthetic; "
+        "handed to a source of your own",
     )
     labels: MaybeText = Field(
         None, description="images: the table (CSV, JSON Lines or Parquet) below path; none: the only one there"
@@ -86,6 +91,16 @@ class Data(Section):
     )
     rows: Count = Field(2000, description="synthetic: number of pictures")
     classes: Annotated[int, Field(ge=2)] = Field(4, description="synthetic: number of classes")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the source is the user's own code."""
+        return ":" in self.source and not self.source.startswith(TORCHVISION)
+
+    @property
+    def needs_path(self) -> bool:
+        """Whether there is nothing to read without `path`."""
+        return self.source not in ("digits", "synthetic") and not self.is_own
 
     @model_validator(mode="after")
     def _some_train(self) -> Data:
@@ -175,8 +190,12 @@ class Train(Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Decay a step of the moving average of weights that is evaluated and kept; 0 = off"
     )
+    loss: LossName = Field(
+        "cross_entropy",
+        description="cross_entropy, or your own as package.module:name: (logits, labels) to one loss a picture",
+    )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="Share of each label that is spread over all classes (arXiv 1512.00567)"
+        0.0, description="cross_entropy: share of each label that is spread over all classes (arXiv 1512.00567)"
     )
     clip_norm: MaybePositive = Field(None, description="Clip the gradient's norm to this; none: off")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
@@ -196,6 +215,12 @@ class Train(Section):
     eval_flip: bool = Field(
         False, description="Validation during training averages the logits of a picture and its mirror image"
     )
+
+    @model_validator(mode="after")
+    def _one_loss(self) -> Train:
+        if self.label_smoothing and self.loss != "cross_entropy":
+            raise ValueError(f"label_smoothing belongs to loss cross_entropy, found loss {self.loss}: set it to 0")
+        return self
 
 
 class Scaling(Section):

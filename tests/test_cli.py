@@ -19,6 +19,7 @@ from raydeep.config import Job
 from raydeep.data.guess import source_of
 from raydeep.errors import JobError
 from raydeep.run import Run
+from raydeep.train import launch
 
 COMMANDS = (
     "train", "compress", "search", "shard", "export", "report", "predict", "preview", "data", "schema", "doctor",
@@ -114,7 +115,7 @@ def test_a_job_that_cannot_run_is_refused_before_a_run_folder_is_made(train, tmp
 
 
 def test_more_workers_than_cores_are_refused_before_a_run_folder_is_made(train, tmp_path, monkeypatch):
-    monkeypatch.setattr("raydeep.train.launch.usable_cores", lambda: 2)
+    monkeypatch.setattr(launch, "usable_cores", lambda: 2)
     message = refusal(train("scaling.workers=4"))
     assert message.startswith("scaling.workers 4 × cpus_per_worker 1 = 4 CPUs, but this machine has 2")
     assert message.endswith("(workers: at most 2)")

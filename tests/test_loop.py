@@ -24,6 +24,7 @@ from raydeep.data.resident import Dataset, Pixels
 from raydeep.errors import TrainError
 from raydeep.model import zoo
 from raydeep.train import checkpoint, losses, parallel
+from raydeep.train import saver as saver_module
 from raydeep.train.control import Control, Wish
 from raydeep.train.loop import fit
 from raydeep.train.metrics import Score, confusion, evaluate
@@ -438,7 +439,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_training_and_spares_the_l
     def full(*_: Any) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("raydeep.train.saver.save_tensors", full)
+    monkeypatch.setattr(saver_module, "save_tensors", full)
     with pytest.raises(TrainError, match=r"no space left on the device; the last one, of step 20, is whole. Free"):
         fit(network(), CROSS_ENTROPY, batches(pixels), CFG, saver=Saver(saved))
     assert sorted(path.name for path in saved.iterdir()) == ["step-000000015", "step-000000020"]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from raydeep import own
 from raydeep.compress.observe import Labelled
 from raydeep.errors import JobError
 
@@ -75,6 +76,42 @@ SCORES: dict[str, Callable[[nn.Module, Tensors, Labelled], Tensors]] = {
     "lamp": lamp,
     "taylor": taylor,
 }
+
+
+def scores_of(name: str, model: nn.Module, weights: Tensors, batches: Labelled) -> Tensors:
+    """Scores by name: a key of SCORES, or a function of the user's own with their contract, `package.module:name`.
+
+    Args:
+        name: prune.score.
+        model: in the state that it is in; to be left so.
+        weights: layer name → weight.
+        batches: inputs float32 NCHW and labels int64 N.
+
+    Raises:
+        JobError: the user's own raises, or gives no finite number ≥ 0 for each weight.
+    """
+    if name in SCORES:
+        return SCORES[name](model, weights, batches)
+    found = own.find("prune.score", name, JobError)
+    with torch.enable_grad():  # it may want gradients
+        try:
+            given = found(model, weights, batches)
+        except Exception as err:  # a user's own code may raise anything
+            raise JobError(f"prune.score {name} fails: {own.reason(err)}") from err
+    out = {}
+    for layer, weight in weights.items():
+        score = given.get(layer) if isinstance(given, dict) else None
+        if not isinstance(score, torch.Tensor) or score.shape != weight.shape:
+            what = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
+            raise JobError(
+                f"prune.score {name}: found {what} for layer {layer}, expected a dict with a tensor of shape "
+                f"{tuple(weight.shape)} for it"
+            )
+        score = score.detach().to(weight)
+        if not torch.isfinite(score).all() or (score < 0).any():
+            raise JobError(f"prune.score {name}: scores of layer {layer} are negative or not finite; the largest stay")
+        out[layer] = score
+    return out
 
 
 # rates

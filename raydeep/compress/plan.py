@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from raydeep import own
 from raydeep.compress import cost, masks, pack, prune, quantize, teachers
 from raydeep.compress.common import Common, calibration_batches, training_inputs
 from raydeep.compress.state import State, rebuild, snapshot
 from raydeep.data.augment import Augmenter
 from raydeep.data.batches import Batches, eval_batches
 from raydeep.data.resident import Dataset, Split
+from raydeep.errors import JobError
 from raydeep.fields import Average
 from raydeep.model import artifact, layers
 from raydeep.train import losses, parallel
@@ -61,8 +63,14 @@ def check(job: Job, spec: dict[str, Any]) -> None:
 
     Raises:
         ModelError: there is no such network, it has no channels that can go, or the teacher does not fit.
+        JobError: a loss or score of the user's own can't be used.
     """
     values = job.search.values
+    for name in {job.train.loss, *values("train.loss")} - {"cross_entropy"}:
+        losses.check(name, len(spec["classes"]))
+    for name in {job.prune.score, *values("prune.score")}:
+        if ":" in name:
+            own.find("prune.score", name, JobError)
     for name in values("model.name"):
         args = {} if "model.args" in job.search.space else job.model.args
         artifact.build({**spec, "model": {"name": name, "args": args}})
@@ -261,7 +269,7 @@ class _Steps:
             self.seed, rank=rank, world=world, accumulate=job.train.accumulate, drop_last=job.train.drop_last,
             device=self.device,
         )  # fmt: skip
-        loss: Any = losses.cross_entropy(job.train.label_smoothing)
+        loss: Any = losses.of(job.train)
         taught = None
         if job.distill.enabled:
             loss = taught = teachers.distilled(job, loss, self.model, self.teacher, data, self.device)

@@ -102,7 +102,7 @@ class Pruner:
 
     def _tighten(self, step: int, total: int) -> None:
         last = total // 2
-        gradients = self.cfg.score == "taylor"
+        gradients = self.cfg.score not in ("magnitude", "lamp")  # what costs more than a look at the weights
         every = max(EVERY_GRADIENTS if gradients else EVERY, last // MOST)
         if step > last or (step % every and step != last):
             return
@@ -117,7 +117,7 @@ class Pruner:
     def _apply(self, *, sparsity: float = 0.0, n_left: int = 0, nested: bool) -> None:
         """Set all masks; `nested`: what is pruned is pruned first (elsewhere a weight may come back)."""
         weights = {name: layers.raw_weight(module) for name, module in self.found.items()}
-        scores = self.first or masks.SCORES[self.cfg.score](self.model, weights, self.batches)
+        scores = self.first or masks.scores_of(self.cfg.score, self.model, weights, self.batches)
         scores, self.first = {name: scores[name] for name in weights}, None
         if nested:
             scores = {name: score.masked_fill(~self.masks[name].mask, -1.0) for name, score in scores.items()}
@@ -138,7 +138,7 @@ def prepare(
         model: changed in place. Without sparsity, or with kind channels, it is left as it is.
         cfg: the prune section.
         recovers: whether training follows; without it every schedule is one shot.
-        batches: inputs and labels that score taylor is measured on, on the model's device.
+        batches: inputs and labels that score taylor, or the user's own, is measured on, on the model's device.
         first: the scores of the model as it is now, where they are known.
 
     Raises:

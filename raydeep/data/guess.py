@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+from raydeep import own
 from raydeep.data.files import open_files
 from raydeep.data.sources import SUFFIXES
 from raydeep.fields import TORCHVISION
@@ -17,13 +18,13 @@ def source_of(text: str, overrides: Sequence[str] = ()) -> dict[str, str]:
     """Keys of the data section for `raydeep shard TEXT`.
 
     Args:
-        text: digits, synthetic, torchvision:NAME, or a folder or its address.
+        text: digits, synthetic, torchvision:NAME, package.module:factory, or a folder or its address.
         overrides: `data.source=…` among them is kept, nothing is guessed then.
 
     Raises:
         DataError: the folder is not there or can't be reached.
     """
-    if text in ("digits", "synthetic") or text.startswith(TORCHVISION):
+    if text in ("digits", "synthetic") or text.startswith(TORCHVISION) or own.NAME.fullmatch(text):
         return {"source": text}
     if any(override.partition("=")[0].strip() == "data.source" for override in overrides):
         return {"source": "folder", "path": text}

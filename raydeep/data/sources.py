@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raydeep.data.custom import custom, custom_facts
 from raydeep.data.files import AWAY, AWAY_FOLDER, LOOP, Entry, open_files, read_files
 from raydeep.data.rows import MAX_CLASSES, SPLITS, SUFFIXES, Picture, Row, Source, printable
 from raydeep.data.tables import images, parquet
@@ -122,12 +123,14 @@ SOURCES: dict[str, Callable[[Data], Source]] = {
 
 
 def open_source(cfg: Data) -> Source:
-    """The index of a job's source, `torchvision:NAME` included.
+    """The index of a job's source, `torchvision:NAME` and the user's own included.
 
     Raises:
         DataError: what is at data.path is not what the source needs; says what and where.
     """
-    return vision(cfg) if cfg.source.startswith(TORCHVISION) else SOURCES[cfg.source](cfg)
+    if cfg.source.startswith(TORCHVISION):
+        return vision(cfg)
+    return custom(cfg) if cfg.is_own else SOURCES[cfg.source](cfg)
 
 
 def fingerprint(cfg: Data) -> list[Any]:
@@ -138,7 +141,9 @@ def fingerprint(cfg: Data) -> list[Any]:
     """
     if cfg.source.startswith(TORCHVISION):
         return vision_facts(cfg)
-    if cfg.source in ("digits", "synthetic"):
+    if cfg.is_own:
+        return custom_facts(cfg)
+    if not cfg.needs_path:
         return []
     files = open_files(cfg)
     entries = files.entries(deep=cfg.source != "parquet")

@@ -57,7 +57,7 @@ def vision(cfg: Data) -> Source:
         labels = _labels(cfg.source, split, dataset)
         if labels is not None or split in (None, "train"):
             columns[split] = labels_of_list(partial(_where, cfg.source, split), labels or [])
-    names = _names(next(iter(datasets.values()))[1])
+    names = class_names(next(iter(datasets.values()))[1])
     if names is not None and set(names) <= set(SPLITS):
         raise DataError(f"{cfg.source}: its classes are {', '.join(names)}: splits; use data.source=folder")
     classes, codes = code(cfg.source, list(columns.values()), names)
@@ -66,7 +66,7 @@ def vision(cfg: Data) -> Source:
     for split, coded in zip(columns, codes, strict=True):
         options, dataset = datasets[split]
         paths = _paths(dataset)
-        nbytes = 0 if paths else _nbytes(dataset)
+        nbytes = 0 if paths else picture_bytes(dataset)
         for i, label in enumerate(coded.tolist()):
             origin = f"{name}/{split or 'all'}#{i}"
             if paths and root is not None:
@@ -218,7 +218,8 @@ def _whole(source: str, split: str | None, i: int, label: Any) -> Any:
     return label
 
 
-def _names(dataset: Any) -> list[str] | None:
+def class_names(dataset: Any) -> list[str] | None:
+    """The names of a dataset's classes, all different; None: it has none."""
     classes = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
     if not isinstance(classes, (list, tuple)) or not classes:
         return None
@@ -248,7 +249,8 @@ def _inside(files: Files, listed: dict[str, Entry], path: str) -> tuple[str, int
     return inner, entry.size if entry is not None and not entry.fault else files.probe(inner) or 0
 
 
-def _nbytes(dataset: Any) -> int:
+def picture_bytes(dataset: Any) -> int:
+    """Bytes of the first picture, as a measure of all."""
     try:
         return int(np.asarray(dataset[0][0]).nbytes)
     except Exception:  # told when the picture is read

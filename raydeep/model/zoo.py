@@ -7,7 +7,6 @@ module maps float NCHW to logits NK.
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from raydeep import own
 from raydeep.errors import ModelError
 
 # Some torchvision networks average BatchNorm over 100 steps, for ImageNet's long epochs. With few data an epoch has
@@ -134,7 +134,7 @@ def build(name: str, args: dict[str, Any], num_classes: int, shape: tuple[int, i
     """
     height, width, channels = shape
     if ":" in name:
-        factory = _own(name)
+        factory = own.find("model.name", name, ModelError)
     elif name in MODELS:
         factory = MODELS[name]
     else:
@@ -173,17 +173,6 @@ def check_shape(model: nn.Module, name: str, num_classes: int, shape: tuple[int,
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ModelError(f"model.name {name} gives {found}, expected logits of shape (2, {num_classes})")
     model.train(training)
-
-
-def _own(name: str) -> Callable[..., nn.Module]:
-    module, _, attribute = name.partition(":")
-    try:
-        found = importlib.import_module(module)
-    except (ImportError, ValueError) as err:
-        raise ModelError(f"model.name {name}: can't import {module}: {err}; run where it can be imported") from None
-    if not hasattr(found, attribute):
-        raise ModelError(f"model.name {name}: {module} has no {attribute}")
-    return getattr(found, attribute)
 
 
 def _torchvision(name: str) -> Callable[..., nn.Module]:

@@ -218,7 +218,9 @@ def read_data(plan: dict[str, Any]) -> str:
             with Files(plan["shards"]).open(manifest.files(split)[0].name) as source, pq.ParquetFile(source) as file:
                 file.read_row_group(0, columns=["label"])
         return f"shards of {sum(manifest.rows(split) for split in manifest.splits):,} pictures in {plan['shards']}"
-    if cfg.source in ("digits", "synthetic"):
+    if cfg.is_own:
+        return f"{cfg.source} (your own code, not run for this)"
+    if not cfg.needs_path:
         return f"{cfg.source} (embedded)"
     from raydeep.data.files import Files, open_files
     from raydeep.errors import DataError

@@ -198,7 +198,7 @@ class Bench:
         )  # fmt: skip
         resume, start = self._resume(work, folder)
         fit(
-            model, losses.cross_entropy(cfg.label_smoothing), batches, cfg, epochs=epochs, until=work.epochs,
+            model, losses.of(cfg), batches, cfg, epochs=epochs, until=work.epochs,
             seed=work.seed, saver=Saver(folder / "checkpoints", keep=1), resume=resume,
         )  # fmt: skip
         last = checkpoint.latest(folder / "checkpoints")

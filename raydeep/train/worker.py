@@ -193,7 +193,7 @@ def _train(job: Job, folder: Path, config: dict[str, Any], watch: Watch, local: 
             append_line(folder / "metrics.jsonl", {"stage": "train", **metrics})
             mirror.push(folder / "metrics.jsonl")
 
-    loss: Any = losses.cross_entropy(cfg.label_smoothing)
+    loss: Any = losses.of(cfg)
     if config["distill"] is not None:
         loss = config["distill"](loss, model, data, device)
     NOTICES.saver, NOTICES.ask = saver, watch.folder / "ask"
