@@ -178,3 +178,8 @@ class Export(Section):
         (1, 64), description="Batches of the latency test; the first is the one that tables quote"
     )
     torch_compile: bool = Field(False, description="Time the dense model under torch.compile too (a minute to start)")
+    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]{0,63}$")] = Field(
+        "unknown",
+        description="Of the models, for their cards: an identifier as the Hugging Face Hub has them (apache-2.0, "
+        "cc-by-4.0, …), or other",
+    )

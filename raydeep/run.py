@@ -10,7 +10,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -45,9 +45,14 @@ def write_bytes(path: Path, data: bytes) -> None:
         aside.write_bytes(data)
 
 
+def json_bytes(value: Any) -> bytes:
+    """A value as indented JSON."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, atomically."""
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_bytes(path, json_bytes(value))
 
 
 def read_json(path: Path) -> Any:
@@ -104,6 +109,20 @@ def write_sums(folder: Path) -> None:
     """Write `SHA256SUMS` over all other files of the folder."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != "SHA256SUMS" and p.name[0] != ".")
     write_bytes(folder / "SHA256SUMS", "".join(f"{sha256_file(p)}  {p.name}\n" for p in files).encode())
+
+
+def write_summed(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files of a folder anew, and `SHA256SUMS`; what that says holds at every moment.
+
+    Until the new files are there it does not name them, so that a kill leaves a folder that passes `check_sums`.
+    """
+    sums = folder / "SHA256SUMS"
+    if sums.is_file():
+        kept = [line for line in sums.read_text().splitlines() if line.partition("  ")[2] not in files]
+        write_bytes(sums, "".join(f"{line}\n" for line in kept).encode())
+    for name, data in files.items():
+        write_bytes(folder / name, data)
+    write_sums(folder)
 
 
 def check_sums(folder: Path) -> None:

@@ -159,3 +159,50 @@ def on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]
 
     go("a")
     return go
+
+
+@pytest.fixture(scope="session")
+def small_run(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with two verified models of the digits: dense, and t000, pruned by half and of 4 bits. Read only."""
+    import torch
+
+    from raydeep.compress import pack, plan
+    from raydeep.data.augment import Augmenter
+    from raydeep.data.batches import Batches
+    from raydeep.deploy import card, export, verify
+    from raydeep.model import artifact
+    from raydeep.run import provenance, write_json
+    from raydeep.train import losses
+    from raydeep.train.loop import fit
+
+    values = {
+        "prune.sparsity": 0.5, "quantize.weight_bits": 4, "quantize.activation_bits": 8, "recover.epochs": 1,
+        "recover.lr": 0.05, "recover.batch_size": 32,
+    }  # fmt: skip
+    job = Job(name="small", model=Model(name="seed", args={"width": 8}))
+    spec = artifact.make_spec("seed", {"width": 8}, digits.classes, digits.shape, digits.mean, digits.std)
+    torch.manual_seed(0)
+    model = artifact.build(spec)
+    batches = Batches(digits.train, Augmenter(Augment(), digits.mean, digits.std), 32, seed=0)
+    fit(model, losses.cross_entropy(), batches, Train(epochs=3, batch_size=32, lr=0.1))
+    dense = plan.Dense(*artifact.freeze(model.eval(), spec, fold=False))
+    run = tmp_path_factory.mktemp("runs") / "small-0101"
+    packed = {
+        "dense": pack.pack(*dense),
+        "t000": plan.compress(job.with_values(values), dense, digits, seed=0).packed,
+    }
+    facts = provenance(0) | {"dataset": {"hash": "0" * 64, "rows": {"train": 1168}, "image": [8, 8, 1]}}
+    candidates = []
+    for label, data in packed.items():
+        export.write_model(run / "models" / label, data)
+        result = plan.measure(data, digits, 512)
+        candidates.append(verify.Candidate(run / "models" / label, result.val_predictions, result.test_predictions))
+    quick = job.export.model_copy(update={"latency_rounds": 3, "batch_sizes": (1,)})
+    found = verify.verify(candidates, run / "models" / "dense", digits, cfg=quick)
+    assert all(facts["verified"] for facts in found.values())
+    for label in packed:
+        trial = None if label == "dense" else {"trial": 0, "config": values}
+        card.complete(run / "models" / label, card.about(job, label, facts, trial))
+    rows = [{"label": "t000", "val_accuracy": found["t000"]["val_accuracy"]}]
+    write_json(run / "front.json", {"dense": found["dense"], "models": rows, "answer": "t000"})
+    return run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -303,18 +302,6 @@ def test_without_formats_there_is_no_onnx(tmp_path, exported):
     export.write_model(tmp_path / "t", exported("float").packed, formats=())
     assert not (tmp_path / "t" / "model.onnx").exists()
     artifact.check_sums(tmp_path / "t")
-
-
-def test_the_script_of_the_model_card_runs(folder, exported, digits, monkeypatch, capsys):
-    card = (folder / "README.md").read_text()
-    (script,) = [s for s in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "PIL" in s]
-    Image.fromarray(digits.test.images[0, :, :, 0]).resize((16, 16), Image.Resampling.NEAREST).save(
-        folder / "picture.png"
-    )
-    monkeypatch.chdir(folder)
-    exec(compile(script, "README.md", "exec"), {})
-    expected = run(exported("W4A8").onnx, digits.test.images[:1]).argmax()
-    assert capsys.readouterr().out.strip() == digits.classes[expected]
 
 
 def test_the_model_card_says_what_the_model_is(folder, exported):

@@ -20,6 +20,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 FIRST_BYTES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 ORIENTATION, TILE_WIDTH, TILE_HEIGHT = 0x0112, 0x0142, 0x0143
 GREY_MODES = ("1", "L", "LA", "La", "F")
+ALPHA_MODES = ("LA", "La", "RGBA", "RGBa", "PA")
 CHANNELS = {"grey": 1, "rgb": 3}
 
 
@@ -105,7 +106,7 @@ def flat(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         return Image.fromarray((np.asarray(image, np.uint32).clip(0, 65535) >> 8).astype(np.uint8))
     kept = "L" if image.mode in GREY_MODES else "RGB"
-    if "transparency" in image.info or image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
+    if "transparency" in image.info or image.mode in ALPHA_MODES:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert(kept)
     return image.convert(kept)

@@ -26,7 +26,7 @@ from raydeep.deploy.integers import Target
 from raydeep.errors import ExportError
 from raydeep.model import artifact
 from raydeep.model.artifact import Tensors
-from raydeep.run import read_json, write_bytes, write_json
+from raydeep.run import json_bytes, read_json, write_bytes, write_json, write_summed
 
 OPSET = 21
 
@@ -94,11 +94,11 @@ def make_exact(folder: Path) -> bool:
     spec, tensors = pack.unpack((folder / "model.rdz").read_bytes())
     if facts["form"] == "exact" or not _integer_layers(spec):
         return False
-    write_bytes(folder / "model.onnx", to_onnx(spec, tensors, target=facts["target"]))
     facts["forms"].setdefault(facts["form"], {})["refused"] = "in a clean process it did not pass the gate"
-    write_json(folder / "export.json", {**facts, "form": "exact"})
-    write_bytes(folder / "README.md", card(spec, tensors, folder).encode())
-    artifact.write_sums(folder)
+    facts["form"] = "exact"
+    onnx_bytes = to_onnx(spec, tensors, target=facts["target"])
+    write_summed(folder, {"model.onnx": onnx_bytes, "export.json": json_bytes(facts)})
+    write_summed(folder, {"README.md": card(spec, tensors, folder).encode()})
     return True
 
 

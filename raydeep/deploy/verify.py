@@ -21,7 +21,7 @@ from raydeep.deploy import gate
 from raydeep.deploy.runtimes import OPENERS, Run, check_runtimes
 from raydeep.deploy.timing import Timed, interleaved, ratio
 from raydeep.errors import ArtifactError, ExportError
-from raydeep.run import hardware, read_json, usable_cores, write_json
+from raydeep.run import hardware, json_bytes, read_json, usable_cores, write_summed
 
 if TYPE_CHECKING:
     from raydeep.config import Export
@@ -79,10 +79,7 @@ def verify(
 
 
 def _conclude(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    from raydeep.model.artifact import write_sums
-
-    write_json(folder / "verify.json", facts)
-    write_sums(folder)
+    write_summed(folder, {"verify.json": json_bytes(facts)})
     return {**facts, "folder": str(folder if facts["verified"] else withdraw(folder))}
 
 
@@ -175,6 +172,7 @@ def _same(
         differ = int((packed[name] != predicted[name]).sum())
         facts["packed_differ"] += differ
         facts[f"{name}_accuracy"] = float((packed[name] == split.labels).mean())
+        facts[f"{name}_rows"] = len(split.labels)
         if differ:
             refused.append(f"packed file, {name}: {differ} predictions are not those that were scored")
     for runtime in runtimes:
@@ -188,9 +186,27 @@ def _same(
             if reason is not None:
                 refused.append(f"{runtime}, {name}: {reason}")
         facts["runtimes"][runtime] = about
+    facts["worst_class"] = worst_class(
+        packed["test"], splits["test"].labels, read_json(folder / "spec.json")["classes"]
+    )
     first = facts["runtimes"].get("onnxruntime") or next(iter(facts["runtimes"].values()))
     facts |= {"onnx_differ": first["differ"]} | {f"{n}_accuracy_onnx": first[f"{n}_accuracy"] for n in splits}
     return {**facts, "verified": not refused, "refused": "; ".join(refused) or None}
+
+
+def worst_class(predicted: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict[str, Any]:
+    """The class with the smallest share of right predictions: its name, accuracy and rows; the first of several.
+
+    Args:
+        predicted: int64 of shape [rows].
+        labels: int64 of shape [rows].
+        classes: their names.
+    """
+    rows = np.bincount(labels, minlength=len(classes))
+    right = np.bincount(labels[predicted == labels], minlength=len(classes))
+    shares = np.where(rows > 0, right / np.maximum(rows, 1), 2.0)
+    worst = int(shares.argmin())
+    return {"name": classes[worst], "accuracy": float(shares[worst]), "rows": int(rows[worst])}
 
 
 def _packed_predictions(folder: Path, split: Split) -> np.ndarray:

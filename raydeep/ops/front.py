@@ -41,6 +41,8 @@ def _finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> li
         stage.text = f"{sound} of {len(candidates)} predict in a clean process exactly as when scored"
         if not facts["dense"]["verified"]:
             bad.append("dense")
+        for label, trial in [("dense", None), *((f"t{row['trial']:03d}", row) for row in chosen)]:
+            _sign(run, Path(facts[label]["folder"]), label, trial)
     front: dict[str, Any] = {
         "dense": front_row(run, "dense", None, facts["dense"]),
         "models": [front_row(run, f"t{r['trial']:03d}", r, facts[f"t{r['trial']:03d}"]) for r in good],
@@ -48,6 +50,7 @@ def _finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> li
         "objectives": dict(run.job.search.objectives),
         "best": {name: label for name, label in best.items() if label not in bad},
     }
+    front["answer"] = _answer(front)
     write_json(run.path / "front.json", front)
     report = write_report(run.path)
     mirror.drop(run.path / "ray")
@@ -127,13 +130,26 @@ def export_trial(run: Run, trial: int, data: Dataset) -> Candidate:
     mirror.pull(file.parent, lambda name: name in SETTLED)
     if not file.is_file():
         raise RaydeepError(f"{run.name}: no finished trial {trial} (no {file.relative_to(run.path)})")
-    rows = [row for row in read_lines(run.path / "ledger.jsonl") if row.get("trial") == trial]
-    if rows and rows[-1].get("artifact_sha256") != sha256_file(file):
+    settled = _settled(run, trial)
+    if settled is not None and settled.get("artifact_sha256") != sha256_file(file):
         raise RaydeepError(f"{file}: not the file that trial {trial} wrote (its sha256 differs from the ledger's)")
     candidate = _candidate(run, label, data)
     sample = forms.sample(data, candidate.val_predictions)
     export.write_model(run.model(label), file.read_bytes(), sample=sample, cfg=run.job.export)
     return candidate
+
+
+def _sign(run: Run, folder: Path, label: str, trial: dict[str, Any] | None) -> None:
+    """Write into a model folder where it comes from, and its card anew, with what was measured."""
+    from raydeep.deploy import card
+
+    card.complete(folder, card.about(run.job, label, read_json(run.path / "provenance.json"), trial))
+
+
+def _settled(run: Run, trial: int) -> dict[str, Any] | None:
+    """The last row that the ledger has of a trial."""
+    rows = [row for row in read_lines(run.path / "ledger.jsonl") if row.get("trial") == trial]
+    return rows[-1] if rows else None
 
 
 def front_row(run: Run, label: str, trial: dict[str, Any] | None, facts: dict[str, Any]) -> dict[str, Any]:
@@ -171,6 +187,19 @@ def _layers(run: Run, label: str) -> dict[str, Any]:
     return {"layers": rows, "average_bits": bits, "sensitivity": read_json(file) if file.exists() else None}
 
 
+def _answer(front: dict[str, Any]) -> str | None:
+    """The model that a run stands for: of a search that of `verdict`, of a training the dense one; None: there is none.
+
+    `raydeep predict RUN` takes it.
+    """
+    from raydeep.search.pareto import smallest_close
+
+    if not front["models"]:
+        return "dense"
+    best = smallest_close(front["models"], front["dense"]["val_accuracy"])
+    return None if best is None else str(best["label"])
+
+
 def verdict(front: dict[str, Any]) -> str:
     """One sentence: the smallest model that is close to the dense one on validation, with its test accuracy."""
     from raydeep.search.pareto import smallest_close
@@ -198,6 +227,7 @@ def export(run: Run, trial: int, ui: Ui) -> Path:
         facts = verify.verify([candidate], run.model("dense"), data, cfg=run.job.export)[candidate.folder.name]
         if not facts["verified"]:
             raise RaydeepError(f"{facts['folder']}: {facts['refused']}; don't deploy it")
+        _sign(run, candidate.folder, candidate.folder.name, _settled(run, trial))
         stage.text = (
             f"{candidate.folder.name}: {facts['test_accuracy']:.2%} test accuracy, {facts['bytes']:,} bytes, "
             f"{facts['latency_ratio']:.2f}× the speed of the dense model"
