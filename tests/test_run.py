@@ -233,3 +233,20 @@ def test_a_run_takes_one_process_at_a_time(job) -> None:
         pass
     with made.locked():  # free again
         assert (made.path / ".lock").exists()
+
+
+def test_a_ray_that_does_not_start_is_one_error(job, tmp_path, monkeypatch):
+    import ray
+
+    from raydeep.train import cluster
+
+    def slow(**options: object) -> None:
+        raise Exception("The current node timed out during startup.\nmore")
+
+    monkeypatch.setattr(ray, "init", slow)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with (
+        pytest.raises(ResourceError, match=r"^Ray does not start on this machine: The .* startup\. Is it over"),
+        cluster.cluster(job, tmp_path / "ray.log"),
+    ):
+        raise AssertionError("there is no Ray")

@@ -48,7 +48,7 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
         log: file that takes what Ray says.
 
     Raises:
-        ResourceError: the job's plan can't be placed.
+        ResourceError: the job's plan can't be placed, or Ray does not start.
     """
     for key, value in RAY_ENV.items():
         os.environ.setdefault(key, value)
@@ -84,10 +84,16 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
                 gpus=int(there.get("GPU", 0)), use_gpu=scaling.use_gpu, where="the cluster",
             )  # fmt: skip
         else:
-            ray.init(
-                address="local", num_cpus=plan.num_cpus, include_dashboard=False, log_to_driver=False,
-                logging_level=logging.ERROR, _temp_dir=os.environ.get("RAY_TMPDIR"),
-            )  # fmt: skip
+            try:
+                ray.init(
+                    address="local", num_cpus=plan.num_cpus, include_dashboard=False, log_to_driver=False,
+                    logging_level=logging.ERROR, _temp_dir=os.environ.get("RAY_TMPDIR"),
+                )  # fmt: skip
+            except Exception as err:  # Ray raises this very class where a node does not come up in time
+                raise ResourceError(
+                    f"Ray does not start on this machine: {(str(err).splitlines() or [type(err).__name__])[0]} Is it "
+                    f"overloaded, or {os.environ.get('RAY_TMPDIR') or '/tmp'} full?"
+                ) from err
         import ray.data
         import ray.train  # both set up loggers of their own when imported
 
