@@ -272,9 +272,8 @@ class Run:
             except BaseException as err:
                 words = (str(err).strip() or type(err).__name__).splitlines()[0][:300]
                 stopped = not isinstance(err, Exception)  # Ctrl-C, SIGTERM
-                with suppress(RaydeepError, OSError):  # what ends the command is told, not this
-                    if (self.path / "provenance.json").exists():
-                        self.note(ended={"status": "stopped"} if stopped else {"status": "failed", "error": words})
+                with suppress(RaydeepError, OSError):  # what ends the command is told, not this; the folder may be gone
+                    self.note(ended={"status": "stopped"} if stopped else {"status": "failed", "error": words})
                 raise
 
     def save(self) -> None:

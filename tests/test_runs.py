@@ -170,7 +170,7 @@ def test_a_run_is_running_while_a_process_holds_it(tmp_path: Path) -> None:
         found = row(tmp_path, "run")
         assert (found.status, found.detail) == ("running", f"process {process.pid}")
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet taken leave of
         assert row(tmp_path, "run").status == "stopped"
         assert lock.holder(run) == (lock.socket.gethostname(), process.pid, False)
     with lock.held(run):

@@ -48,7 +48,7 @@ class Row:
     trials_failed: int | None = None
     val_accuracy: float | None = None  # of the dense model, or after the last epoch
     test_accuracy: float | None = None  # of the dense model
-    answer: str | None = None  # label of the smallest verified model close to the dense one
+    answer: str | None = None  # label of the verified model that answers the run (report.words.pick)
     answer_val_accuracy: float | None = None
     answer_test_accuracy: float | None = None
     answer_bytes: int | None = None
