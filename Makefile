@@ -2,7 +2,7 @@
 PYTHON ?= python3
 READY := .venv/.installed
 
-.PHONY: demo test fast cluster lint bench-report clean
+.PHONY: demo test fast cluster lint bench-report soak mutation audit sbom clean
 
 demo: $(READY)
 	.venv/bin/raydeep search jobs/digits.yaml
@@ -23,6 +23,23 @@ lint: $(READY)
 bench-report: $(READY)
 	.venv/bin/python benchmarks/report.py
 
+soak: $(READY)
+	.venv/bin/python benchmarks/soak.py
+
+mutation: $(READY)
+	.venv/bin/uv pip install --quiet --python .venv/bin/python -e '.[mutation]' -c constraints.txt
+	.venv/bin/mutmut run --max-children 1
+	.venv/bin/python tests/mutation/report.py
+
+audit: $(READY)
+	.venv/bin/python .ci/audit.py
+
+sbom: $(READY)
+	@mkdir -p dist
+	.venv/bin/uv tool run --quiet --constraints .ci/tools.txt --from cyclonedx-bom cyclonedx-py environment \
+		.venv/bin/python --pyproject pyproject.toml --of JSON -o dist/sbom.cdx.json
+	.venv/bin/python .ci/licences.py dist/sbom.cdx.json
+
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "raydeep needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
@@ -33,4 +50,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis mutants

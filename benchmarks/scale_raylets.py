@@ -1,4 +1,4 @@
-"""Many Ray nodes on this machine, for scale.py: raylets with logical CPUs, stopped whatever happens."""
+"""Many Ray nodes on this machine, for scale.py and soak.py: raylets with logical CPUs, stopped whatever happens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
+SCRIPT = str(ROOT / "cluster" / "local.sh")
 CPUS = 2  # logical, of a node
 TRIES = 3  # a node may miss Ray's 30 s; the next `up` starts those that are missing
 AT_ONCE = 4  # nodes that start together: all of them share this machine's cores
@@ -25,9 +27,24 @@ def environment(text: str) -> dict[str, str]:
     return {name: value.strip("\"'") for name, _, value in pairs}
 
 
+class Cluster(NamedTuple):
+    """A cluster of this machine."""
+
+    home: Path  # nodes/NAME.pid: the session of each node's processes
+    env: dict[str, str]  # of its scripts
+    up_s: float  # seconds that it took
+
+    def up(self, count: int) -> subprocess.Popen[str]:
+        """Start what is missing of the head and so many workers."""
+        return subprocess.Popen(
+            [SCRIPT, "up", str(count)], env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+
 @contextmanager
-def raylets(count: int) -> Iterator[float]:
-    """A head and so many workers of CPUS logical CPUs each (cluster/local.sh); yields the seconds that they took.
+def raylets(count: int) -> Iterator[Cluster]:
+    """A head and so many workers of CPUS logical CPUs each (cluster/local.sh).
 
     Afterwards they are stopped, whatever ends this process: a child waits for the end of a pipe that only it holds.
     """
@@ -36,9 +53,9 @@ def raylets(count: int) -> Iterator[float]:
     env = {k: v for k, v in before.items() if k not in ("RAY_ADDRESS", "RAY_TMPDIR")}
     env |= {"RAYDEEP_CLUSTER_DIR": str(home), "RAYDEEP_CLUSTER_CPUS": str(CPUS), "RAY_AUTH_TOKEN_PATH": str(_token())}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"  # its ray
-    script = str(ROOT / "cluster" / "local.sh")
+    cluster = Cluster(home, env, 0)
     keeper = subprocess.Popen(
-        ["bash", "-c", f"cat >/dev/null; '{script}' down >/dev/null 2>&1; rm -rf '{home}'; "
+        ["bash", "-c", f"cat >/dev/null; '{SCRIPT}' down >/dev/null 2>&1; rm -rf '{home}'; "
          f"kill -0 {os.getpid()} 2>/dev/null || rm -f '{env['RAY_AUTH_TOKEN_PATH']}'"],
         env=env, stdin=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
@@ -46,18 +63,16 @@ def raylets(count: int) -> Iterator[float]:
         start = time.perf_counter()
         for up in [*range(AT_ONCE, count, AT_ONCE), count]:
             for left in reversed(range(TRIES)):
-                done = subprocess.run(
-                    [script, "up", str(up)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                    start_new_session=True,
-                )  # fmt: skip
-                if not done.returncode:
+                process = cluster.up(up)
+                _, said = process.communicate()
+                if not process.returncode:
                     break
                 if not left:
-                    sys.exit(f"{script} up {up} failed:\n{done.stderr}")
+                    sys.exit(f"{SCRIPT} up {up} failed:\n{said}")
         took = time.perf_counter() - start
         os.environ |= environment((home / "env").read_text())
         os.environ["RAY_ADDRESS"] = os.environ["RAYDEEP_CLUSTER_GCS"]
-        yield took
+        yield cluster._replace(up_s=took)
     finally:
         os.environ.clear()
         os.environ.update(before)

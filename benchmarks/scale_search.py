@@ -245,7 +245,7 @@ def rows(
     steps = {rung: stretch * s for rung, s in (seconds or STEP_S).items()}
     longer = f", steps {stretch:g} times as long" if stretch != 1 else ""
     for count in nodes:
-        with raylets(count) as up_s:
+        with raylets(count) as cluster:
             found = searched(CPUS * count, window, steps)
         efficiency = found["efficiency"]
         yield harness.result(
@@ -261,7 +261,7 @@ def rows(
                 "raylets and GCS, CPU ms a rung": f"{1e3 * found['ray']:.1f}",
                 "trials' processes": f"{1e3 * found['actors']:.1f}",
                 "driver's CPUs": f"{found['driver']:.2f}", "machine busy": f"{found['machine']:.0%}",
-                "raylets up, s": f"{up_s:.0f}", "all trials' processes up, s": f"{found['start_s']:.0f}",
+                "raylets up, s": f"{cluster.up_s:.0f}", "all trials' processes up, s": f"{found['start_s']:.0f}",
             },
             **{k: v for k, v in found.items() if k not in ("efficiency", "slices")},
         )  # fmt: skip

@@ -277,3 +277,51 @@ def test_the_order_of_samples_never_changes_between_versions():
     assert batches(7, seed=0).order_hash(0) == "94ca8d6b41becbb2"
     assert order.epoch_order(0, 0, 8).tolist() == [0, 7, 5, 3, 6, 2, 4, 1]
     assert order.draws(0, 0, 0, 1, 2)[0].tolist() == [0.12383735540353724, 0.6629749397174886]
+    assert order.stream_order(7, 1, np.array([4, 4, 4, 4, 4]), 8, 5).tolist() == [
+        0, 1, 6, 4, 5, 3, 2, 7, 18, 10, 17, 16, 19, 9, 8, 11, 13, 14, 15, 12,
+    ]  # fmt: skip
+    names = order.stratified_split(np.arange(24) % 2, {"test": 0.25, "val": 0.25}, 5)
+    assert "".join(name[1] for name in names) == "rrerrarreraarrreaereeaar"  # train, test, val
+    assert order.shard_order(np.repeat(np.arange(6), 2), 5).tolist() == [6, 7, 8, 9, 10, 11, 2, 3, 4, 5, 0, 1]
+    assert order.shuffled(8, 5, 3).tolist() == [2, 0, 7, 5, 3, 1, 6, 4]
+    assert order.few(np.arange(20) % 2, 4, 5).tolist() == [5, 8, 12, 14, 15, 17, 18, 19]
+
+
+def test_the_hash_is_of_the_rows_that_are_served_whatever_their_type():
+    rows = order.epoch_order(3, 2, 10)
+    assert order.order_hash(rows, 4) == order.order_hash(rows, 4, True) == "7e75ebf4729a9a2c"
+    assert order.order_hash(rows, 4, False) == "9627925400186940"
+    assert order.order_hash(rows.astype(np.int32), 4) == order.order_hash(rows, 4)
+    assert order.order_hash(rows[:8], 4) == order.order_hash(rows, 4)
+
+
+def test_a_last_batch_is_left_out_unless_asked_for():
+    assert (order.steps_per_epoch(10, 4), order.steps_per_epoch(10, 4, False)) == (2, 3)
+
+
+def test_cuts_by_hand():
+    assert [part.tolist() for part in order.cut(np.arange(5), 2)] == [[0, 1, 2], [3, 4]]
+    assert [part.tolist() for part in order.cut(np.arange(6), 2, 2)] == [[0, 1, 2, 3], [4, 5]]
+    assert order.share(np.arange(6), 0, 2, 2).tolist() == [0, 1, 2, 3]
+
+
+def test_no_draws_and_no_rows_are_arrays_too():
+    assert order.draws(0, 0, 0, 3, 0).shape == (3, 0)
+    assert order.shard_order(np.empty(0, np.int64), 0).tolist() == []
+    plan = order.fetch_plan([], np.array([2, 2]), 3)
+    assert (plan.units, plan.unit.tolist(), plan.offset.tolist()) == ([], [], [])
+
+
+def test_units_follow_the_groups_in_the_order_of_need():
+    plan = order.fetch_plan([np.array([2, 1]), np.array([3, 0])], np.array([2, 2]), 2)
+    assert [unit.tolist() for unit in plan.units] == [[2, 3], [1, 0]]
+    assert {unit.dtype for unit in plan.units} == {np.dtype(np.int64)}
+    assert plan.unit.tolist() == [0, 1, 0, 1]
+    assert plan.offset.tolist() == [0, 0, 1, 1]
+
+
+def test_rows_of_a_group_are_read_in_the_order_of_need():
+    rows = np.random.default_rng(0).permutation(200)
+    plan = order.fetch_plan([rows], np.array([100, 100]), 1000)
+    first = int(rows[0] >= 100)
+    assert plan.units[0].tolist() == sorted(rows.tolist(), key=lambda row: (row >= 100) != first)

@@ -383,3 +383,28 @@ def test_the_smallest_close_model_is_chosen_on_validation():
     assert pareto.smallest_close(rows, 0.98) is rows[1]
     assert pareto.smallest_close(rows, 1.1) is None
     assert pareto.smallest_close([], 0.5) is None
+
+
+def test_one_of_many_is_the_last():
+    assert pareto.spread(range(100, 105), 1) == [104]
+
+
+def test_points_of_other_lengths_have_no_front():
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        pareto.non_dominated([(1, 2), (1,)])
+
+
+def test_ties_of_crowding_go_by_index_however_many_they_are():
+    points = [(float(i), float(40 - i)) for i in range(41)]
+    assert pareto.ranked(points) == [0, 40, *range(1, 40)]
+
+
+def test_integers_count_as_floats():
+    assert pareto.hypervolume([(0, 0)], (2**40, 2**40)) == 2.0**80
+
+
+def test_coordinates_of_very_different_size_count_alike():
+    points = [(0.0, 4.0), (1.0, 2.0), (3.0, 1.0), (4.0, 0.0)]
+    far = [(x * 1e307, y * 1e-300) for x, y in points]
+    assert pareto.crowding(far) == pytest.approx(pareto.crowding(points))
+    assert pareto.epsilon_net(far) == pareto.epsilon_net(points)
