@@ -62,10 +62,9 @@ def main() -> int:
             continue
         count = Counter(STATUS.get(code, f"code {code}") for code in codes.values())
         caught = count["killed"] + count["timeout"]
-        row = [str(count.pop(kind, 0)) for kind in ("killed", "timeout", "no tests", "survived")]
-        print(
-            f"| {file.relative_to(MUTANTS).with_suffix('')} | {len(codes)} | {' | '.join(row)} | {caught / len(codes):.1%} |"
-        )
+        told = [len(codes), *(count.pop(kind, 0) for kind in ("killed", "timeout", "no tests", "survived"))]
+        name = file.relative_to(MUTANTS).with_suffix("")
+        print(f"| {name} | {' | '.join(map(str, told))} | {caught / len(codes):.1%} |")
         if count:
             print(f"unclear: {dict(count)}")
         alive = [name for name, code in codes.items() if STATUS.get(code) not in ("killed", "timeout")]
