@@ -1,7 +1,7 @@
 """Faults: what a training survives, how many steps it does again, and whether its weights end the same.
 
 Each fault hits a training of its own, of the embedded digits on a local Ray (or, for lost nodes, on a cluster of
-two raylets of this machine). `--soak` trains Fashion-MNIST for ten minutes while a worker is killed every minute.
+two raylets of this machine). soak.py has them come at random.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -386,62 +386,22 @@ def table(home: Path, names: list[str]) -> Iterator[Outcome]:
         yield from found if isinstance(found, list) else [found]
 
 
-def soak(home: Path, epochs: int, every_s: float, data: Path) -> list[dict[str, Any]]:
-    """Fashion-MNIST while a worker is killed every so often, then the same training left alone."""
-    sets = (
-        f"data.path={data}", "scaling.workers=2", "scaling.max_failures=1000", "train.checkpoint_seconds=5",
-        "export.latency_rounds=3", f"train.epochs={epochs}",
-    )  # fmt: skip
-    kills, walls, runs = 0, [], []
-    for name in ("killed", "calm"):
-        training = Training(home, name, *sets, job="fashion_mnist")
-        runs.append(training)
-        training.wait(training.attempts, "its first step")
-        began = time.monotonic()
-        due = began + every_s
-        while training.process.poll() is None:
-            if name == "killed" and time.monotonic() > due:
-                with suppress(ProcessLookupError):  # its group is being started anew: the next one is hit
-                    os.kill(training.pid(kills % 2), signal.SIGKILL)
-                    kills += 1
-                    due = time.monotonic() + every_s
-            time.sleep(0.2)
-        walls.append(time.monotonic() - began)
-        training.well()
-    killed, calm = runs
-    accuracy, other = (training.epochs()[-1]["val_accuracy"] for training in runs)
-    return [
-        harness.result("workers killed", kills, "kills", minutes=walls[0] / 60, epochs=epochs),
-        harness.result("validation accuracy", accuracy, "fraction", n=1),
-        harness.result("validation accuracy, undisturbed", other, "fraction", n=1),
-        harness.result("weights as undisturbed", float(killed.model() == calm.model()), "1 = bit-identical", ">= 1.0"),
-        harness.result("steps done again", killed.again(), "steps", of=killed.epochs()[-1]["step"]),
-        harness.result("effective training time", walls[1] / walls[0], "share of wall time"),
-    ]
-
-
 def main() -> None:
-    """Run the table, or the soak."""
+    """Run the table."""
     args = harness.arguments(
         __doc__,
-        soak={"action": "store_true", "help": "ten minutes of kills"},
-        epochs={"type": int, "default": 14},
         only={"nargs": "+", "choices": list(FAULTS), "default": list(FAULTS), "help": "others keep their saved rows"},
     )
     home = Path(tempfile.mkdtemp(prefix="rdf", dir="/tmp"))  # short: Ray's sockets have long names
     try:
-        if args.soak:
-            data = harness.data_folder(args, "fashion-mnist") / "fashion-mnist"
-            harness.finish("soak", soak(home, args.epochs, 60.0, data), args)
-        else:
-            saved = harness.RESULTS / "faults.json"
-            rows = json.loads(saved.read_text())["results"] if saved.exists() and args.save else []
-            for o in table(home, args.only):
-                rows = [row for row in rows if row["name"] != o.fault]
-                rows.append(
-                    harness.result(o.fault, o.again, "steps again", happened=o.happened, weights=o.weights)
-                )  # fmt: skip
-                harness.finish("faults", rows, args)
+        saved = harness.RESULTS / "faults.json"
+        rows = json.loads(saved.read_text())["results"] if saved.exists() and args.save else []
+        for o in table(home, args.only):
+            rows = [row for row in rows if row["name"] != o.fault]
+            rows.append(
+                harness.result(o.fault, o.again, "steps again", happened=o.happened, weights=o.weights)
+            )  # fmt: skip
+            harness.finish("faults", rows, args)
     finally:
         shutil.rmtree(home, ignore_errors=True)
 

@@ -10,10 +10,12 @@ nothing to see progress by: there, all from the kill to the next sign of progres
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+SEEN_S, LATE_S = 0.3, 2.0  # a line of the ledger is seen so much later than the trial's next begin: as a rule, at most
 
 
 class Kill(NamedTuple):
@@ -73,23 +75,23 @@ def pieces(record: Record) -> list[Piece]:
     Raises:
         ValueError: a rung that was begun is in neither.
     """
-    found, ends = [], defaultdict(list)
+    found: list[Piece] = []
+    came, begins = defaultdict(deque), defaultdict(list)
     for at, row in record.lines:
         if row["event"] == "rung":
-            ends[row["trial"]].append(at)
+            came[row["trial"]].append(at)
     failed = {row["trial"] for _, row in record.lines if row["event"] == "end" and row["status"] == "failed"}
-    begins = defaultdict(list)
     for trial, at in sorted(record.begins, key=lambda begun: begun[1]):
         begins[trial].append(at)
     kills = sorted(kill.at for kill in record.kills)
     for trial, times in begins.items():
         for at, after in zip(times, [*times[1:], record.end], strict=True):
-            came = next((end for end in ends[trial] if at < end <= after), None)
-            killed = next((kill for kill in kills if kill >= at), None)
-            if came is not None:
-                found.append(Piece(trial, at, came, cut=False))
-            elif killed is not None:
-                found.append(Piece(trial, at, min(killed, after), cut=True))
+            killed = [kill for kill in kills if at - LATE_S < kill <= after]  # a begin may be seen after its kill
+            ends = came[trial]
+            if ends and at < ends[0] <= after + (SEEN_S if killed else LATE_S):
+                found.append(Piece(trial, at, min(ends.popleft(), after), cut=False))
+            elif killed:
+                found.append(Piece(trial, at, max(at, killed[-1]), cut=True))
             elif trial not in failed:
                 raise ValueError(f"trial {trial} began a rung that neither came back nor was killed")
     return sorted(found, key=lambda piece: piece.begin)
@@ -100,7 +102,7 @@ def _among_trials(work: Sequence[Piece], kills: Sequence[Kill], slots: int) -> I
     over = max(piece.end for piece in work)
     for piece in work:
         if piece.cut:
-            kill = next(kill for kill in kills if kill.at >= piece.begin)
+            kill = next(kill for kill in reversed(kills) if kill.at <= piece.end)
             yield Loss(piece.begin, (piece.end - piece.begin) / slots, "trials", kill)
     times = sorted({piece.begin for piece in work} | {piece.end for piece in work} | {kill.at for kill in kills})
     level, cause = 0, None
