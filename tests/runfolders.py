@@ -59,7 +59,14 @@ def make_run(
                 "seconds": 0.41,
                 "images_per_s": 3050.0,
                 "order_hash": "ab12",
-            }
+                "device": "cpu",
+                "workers": 2,
+                "start_s": 0.01 if epoch == 1 else None,
+                "meter": {
+                    "read_s": 0.3, "decode_s": 0.1, "wait_s": 0.002 * epoch, "transfer_s": 0.001, "augment_s": 0.1,
+                    "step_s": 0.2,
+                },
+            }  # fmt: skip
             file.write(json.dumps(row) + "\n")
     models: list[dict] = []
     if search:
@@ -93,7 +100,27 @@ def make_run(
             confusion[i][i] -= n
             confusion[i][j] += n
     dump(folder / "evaluation.json", {"split": "test", "confusion": confusion})
+    dump(folder / "gallery.json", GALLERY)
     return folder
+
+
+# 2 × 2 pixels, grey
+PICTURE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAAAAABX3VL4AAAADklEQVR42m"
+    "NgaGD47wAABEQBwPcCr6kAAAAASUVORK5CYII="
+)
+GALLERY = {
+    "split": "test", "rows": 360, "wrong": 5,
+    "errors": [
+        {"index": 7, "true": 3, "predicted": 9, "probability": 0.9961, "picture": PICTURE},
+        {"index": 9, "true": 8, "predicted": 1, "probability": 0.98, "picture": PICTURE},
+        {"index": 12, "true": 8, "predicted": 1, "probability": 0.51, "picture": PICTURE},
+    ],
+    "augmentation": {
+        "heads": ["original", "epoch 0"], "labels": [4, 8], "captions": [["4", "8"], ["4 0.6 + 8 0.4", "8"]],
+        "pictures": [[PICTURE] * 2] * 2, "changes": True,
+    },
+}  # fmt: skip
 
 
 LADDER = (0, 1, 9)  # epochs after each rung

@@ -94,7 +94,7 @@ def _front(run: Run, trials: list[dict[str, Any]]) -> tuple[list[dict[str, Any]]
     found = objectives.front(trials)
     best = objectives.best(trials)
     dense = read_json(run.path / "provenance.json").get("reference", {}).get("val_accuracy", 0.0)
-    close = pareto.smallest_close([trials[i] for i in found], dense)
+    close = pareto.smallest_close([trials[i] for i in found], dense, objectives.cost)
     kept = [*pareto.spread(found, run.job.export.max_models), *best.values()]
     kept += [] if close is None else [trials.index(close)]
     order = sorted(dict.fromkeys(kept), key=lambda i: (objectives.point(trials[i]), i))
@@ -169,6 +169,7 @@ def front_row(run: Run, label: str, trial: dict[str, Any] | None, facts: dict[st
     }  # fmt: skip
     row["compression_ratio"] = facts["dense_bytes"] / row["bytes"]
     if trial is not None:
+        row |= {"macs": trial["macs"]} if "macs" in trial else {}
         row |= _layers(run, label)
     return row
 
@@ -201,11 +202,15 @@ def _answer(front: dict[str, Any]) -> str | None:
 
 
 def verdict(front: dict[str, Any]) -> str:
-    """One sentence: the smallest model that is close to the dense one on validation, with its test accuracy."""
+    """One sentence: the smallest model that is close to the dense one on validation, with its test accuracy.
+
+    What is small is told by the search's objectives.
+    """
+    from raydeep.search.objectives import Objectives
     from raydeep.search.pareto import smallest_close
 
     dense = front["dense"]
-    best = smallest_close(front["models"], dense["val_accuracy"])
+    best = smallest_close(front["models"], dense["val_accuracy"], Objectives(front["objectives"], []).cost)
     if best is None:
         return "no model of the front is within 1 point of the dense model's validation accuracy"
     return (

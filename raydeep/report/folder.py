@@ -33,6 +33,7 @@ class Run:
     objectives: Objectives = DEFAULT  # of the search
     front: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
+    gallery: dict[str, Any] | None = None
     skipped: dict[str, int] = field(default_factory=dict)  # file name: unreadable lines before its last
 
     @property
@@ -128,6 +129,7 @@ def read_run(run_dir: Path) -> Run:
         objectives=objectives,
         front=_object(run_dir / "front.json"),
         evaluation=_object(run_dir / "evaluation.json"),
+        gallery=_object(run_dir / "gallery.json"),
         skipped=skipped,
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from raydeep.report import search, tables, words
+from raydeep.report import pictures, search, tables, words
 from raydeep.report.folder import Run, read_run
 from raydeep.report.plots import plot_data
 from raydeep.run import write_bytes
@@ -49,8 +49,10 @@ def templates() -> jinja2.Environment:
         "percent": words.percent,
         "size": words.size,
         "times": words.times,
+        "speed": words.speed,
         "bits": words.bits,
         "duration": words.duration,
+        "sentence": words.sentence,
     }
     return environment
 
@@ -60,38 +62,40 @@ def render(run: Run, folder: str) -> str:
     headline, detail = words.answer(run)
     data = plot_data(run)
     rungs = data["points"]["rungs"]
-    drawn = bool(data["points"]["bytes"] or data["curves"] or data["confusion"] or data["layers"] or data["volume"])
-    return (
-        templates()
-        .get_template("page.html.j2")
-        .render(
-            title=str(run.job.get("name") or folder),
-            run_id=str(run.provenance.get("id") or folder),
-            skipped=run.skipped,
-            headline=headline,
-            detail=detail,
-            data=data,
-            words={measure["name"]: measure["words"] for measure in data["measures"]},
-            aim=search.aim(run),
-            hollow=any(n and n > 1 for n in rungs) and any(rungs[i] == 1 for i in data["front"]),
-            progress=search.progress(run),
-            volume=search.volume(run),
-            best=search.best(run),
-            failed=len(run.failed),
-            last_epoch=run.metrics[-1] if run.metrics else {},
-            epochs=len(run.metrics),
-            models=tables.models(run, data),
-            swept=tables.swept(run),
-            compressed=tables.compressed(run),
-            verification=tables.verification(run),
-            split=str((run.evaluation or {}).get("split") or "test"),
-            per_class=tables.per_class(data["confusion"]) if data["confusion"] else [],
-            failures=tables.failures(run),
-            cost=tables.cost(run),
-            provenance=tables.provenance(run),
-            at_commit=bool(run.provenance.get("git_commit")),
-            command=str(run.provenance.get("command") or ""),
-            job_text=run.job_text,
-            plotly_js=get_plotlyjs() if drawn else "",
-        )
+    drawn = any(data[name] for name in ("curves", "confusion", "layers", "volume", "input")) or data["points"]["bytes"]
+    page = templates().get_template("page.html.j2")
+    return page.render(
+        title=str(run.job.get("name") or folder),
+        run_id=str(run.provenance.get("id") or folder),
+        skipped=run.skipped,
+        headline=headline,
+        detail=detail,
+        data=data,
+        words={measure["name"]: measure["words"] for measure in data["measures"]},
+        aim=search.aim(run),
+        hollow=any(n and n > 1 for n in rungs) and any(rungs[i] == 1 for i in data["front"]),
+        progress=search.progress(run),
+        volume=search.volume(run),
+        best=search.best(run),
+        failed=len(run.failed),
+        last_epoch=run.metrics[-1] if run.metrics else {},
+        epochs=len(run.metrics),
+        models=tables.models(run, data),
+        swept=tables.swept(run),
+        compressed=tables.compressed(run),
+        verification=tables.verification(run),
+        split=str((run.evaluation or {}).get("split") or "test"),
+        trials=tables.trials(run, data),
+        most_trials=tables.MOST_TRIALS,
+        errors=pictures.errors(run),
+        augmentation=pictures.augmentation(run),
+        input_verdict=str(run.provenance.get("input") or ""),
+        per_class=tables.per_class(data["confusion"]) if data["confusion"] else [],
+        failures=tables.failures(run),
+        cost=tables.cost(run),
+        provenance=tables.provenance(run),
+        at_commit=bool(run.provenance.get("git_commit")),
+        command=str(run.provenance.get("command") or ""),
+        job_text=run.job_text,
+        plotly_js=get_plotlyjs() if drawn else "",
     )

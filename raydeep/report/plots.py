@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from raydeep.report import words
+from raydeep.data import meter
+from raydeep.report import parallel, words
 from raydeep.report.folder import Run, number, numbers
 from raydeep.search.objectives import FIELDS
 
@@ -23,6 +24,7 @@ MEASURES = {  # column → its words as an axis of the plot
 }
 SHARES = ("val_accuracy", "test_accuracy", "worst_class_accuracy")  # fractions of 1; the others are positive
 POINT_COLUMNS = (*MEASURES, "compression_ratio", "sparsity", "epochs", "rung", "rungs")
+METERED = ("wait", "transfer", "augment", "step")  # stages of which the meter of an epoch tells
 CURVE_COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy")
 
 
@@ -35,7 +37,8 @@ def plot_data(run: Run) -> dict[str, Any]:
         (or None), `measures` (what the axes offer: `name`, `words`, whether a `share`, and the lowest value `first`
         shown, or None), `axes` (x and y that the plot opens on), `objectives` (columns), `pick` (index of the answer's
         model, or None), `volume` (the hypervolume over time, or None), `curves` (one entry a stage), `confusion` (or
-        None) and `layers` (an entry an exported model: its layers in columns).
+        None), `layers` (an entry an exported model: its layers in columns), `parallel` (axes, see parallel.axes) and
+        `input` (where the time of each epoch went, or None).
     """
     rows = _rows(run)
     configs = [row["config"] if isinstance(row.get("config"), dict) else {} for row in rows]
@@ -70,6 +73,10 @@ def plot_data(run: Run) -> dict[str, Any]:
         ],
         "confusion": _confusion(run),
         "layers": [found for row in run.models if (found := _layers(row))],
+        "parallel": parallel.axes(
+            run, rows, [m for m in measures if m["name"] in {"val_accuracy", "bytes", *objectives}]
+        ),
+        "input": _input(run),
     }
 
 
@@ -133,6 +140,29 @@ def _volume(run: Run) -> dict[str, Any] | None:
             for column, value in zip(columns.values(), entry, strict=True):
                 column.append(_short(value))
     return columns if len(columns["at"]) > 1 else None
+
+
+def _input(run: Run) -> dict[str, Any] | None:
+    """Shares of each epoch: `waiting` for pictures, `augment`, `step` (forward, backward, update) and the `rest`."""
+    columns: dict[str, list[Any]] = {name: [] for name in ("epoch", "waiting", "augment", "step", "rest")}
+    for row in run.metrics:
+        seconds, spent = number(row.get("seconds")), row.get("meter")
+        if (
+            not seconds
+            or not isinstance(spent, dict)
+            or not all(number(spent.get(f"{s}_s")) is not None for s in METERED)
+        ):
+            continue
+        worked = seconds - (number(row.get("start_s")) or 0.0)
+        waiting = meter.waiting({"device": "cpu", "start_s": 0.0, **row})
+        augment, step = (min(1.0, spent[f"{stage}_s"] / max(worked, 1e-9)) for stage in ("augment", "step"))
+        rest = max(0.0, 1 - waiting - augment - step)
+        for column, value in zip(columns.values(), (row["epoch"], waiting, augment, step, rest), strict=True):
+            column.append(round(value, 4))
+    if not columns["epoch"]:
+        return None
+    total = {name: float(np.mean(columns[name])) for name in ("waiting", "augment", "step")}
+    return columns | {"mean": total, "bound": meter.BOUND}
 
 
 def frame(accuracies: Iterable[float], lesser: Iterable[float] = ()) -> float | None:

@@ -11,6 +11,7 @@ from raydeep.report.folder import Run, number, numbers
 from raydeep.tuning import TRAINING
 
 MOST_FAILURES = 50  # shown in full; the rest are counted
+MOST_TRIALS = 500  # in the table of what trials took
 MOST_ERROR_CHARS = 4000
 MODEL_COLUMNS = (
     *("test_accuracy", "val_accuracy", "bytes", "compression_ratio", "sparsity"),
@@ -132,6 +133,40 @@ def _failure(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def trials(run: Run, data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table of trials, the dearest first; `share` is of the dearest, `point` as in `models`."""
+    points = {trial: i for i, trial in enumerate(data["points"]["trial"]) if trial is not None}
+    gpus = _gpus_of_a_trial(run)
+    rows = []
+    for row in run.trials:
+        seconds, cpu = number(row.get("seconds")), number(row.get("cpu_seconds"))
+        rows.append(
+            {name: number(row.get(name)) for name in ("val_accuracy", "bytes", "epochs")}
+            | {
+                "trial": row["trial"],
+                "label": f"t{row['trial']:03d}",
+                "point": points.get(row["trial"]),
+                "seconds": seconds,
+                "cpu_seconds": cpu,
+                "gpu_seconds": gpus * seconds if gpus and seconds is not None else None,
+                "ended": str(row.get("stopped") or ("failed" if row.get("status") == "failed" else "")),
+            }
+        )
+    dear = "gpu_seconds" if gpus else "cpu_seconds"
+    most = max(numbers(rows, dear), default=0.0)
+    rows = [row | {"share": (row[dear] or 0.0) / most if most else 0.0} for row in rows]
+    return sorted(rows, key=lambda row: (-(row[dear] or 0.0), row["trial"]))
+
+
+def _gpus_of_a_trial(run: Run) -> float:
+    """GPUs that a trial holds while it runs, by the job."""
+    scaling, search = (found if isinstance(found := run.job.get(name), dict) else {} for name in ("scaling", "search"))
+    if not scaling.get("use_gpu"):
+        return 0.0
+    workers = number(search.get("workers_per_trial")) or 1.0
+    return workers if workers > 1 else number(search.get("gpus_per_trial")) or 1.0
+
+
 def cost(run: Run) -> list[tuple[str, str]]:
     """Name and value of each figure that says what the run took."""
     epochs, speeds = len(run.metrics), numbers(run.metrics, "images_per_s")
@@ -141,14 +176,20 @@ def cost(run: Run) -> list[tuple[str, str]]:
             ("Epochs trained", str(epochs)),
             ("Time in epochs", words.duration(_total(run.metrics, "seconds"))),
         ]
+        for device, said in (("cpu", "Worker time in epochs"), ("cuda", "GPU time in epochs")):
+            rows = [row for row in run.metrics if row.get("device") == device]
+            held = sum((number(row.get("seconds")) or 0.0) * (number(row.get("workers")) or 1.0) for row in rows)
+            if rows and (device == "cuda" or held > (_total(rows, "seconds") or 0.0)):
+                figures.append((said, words.duration(held)))
     if speeds:
         figures.append(("Training, images/s", f"{np.median(speeds):,.0f}"))
     if run.trials:
-        failed = f", {len(run.failed)} failed" if run.failed else ""
+        failed, gpus = f", {len(run.failed)} failed" if run.failed else "", _gpus_of_a_trial(run)
         figures += [
             ("Trials", f"{len(run.trials)}{failed}"),
             ("Time in trials", words.duration(_total(run.trials, "seconds"))),
             ("CPU time of trials", words.duration(_total(run.trials, "cpu_seconds"))),
+            ("GPU time of trials", words.duration(gpus * (_total(run.trials, "seconds") or 0) if gpus else None)),
             ("Search, start to end", words.duration(max(numbers([*run.rungs, *run.trials], "at"), default=None))),
         ]
     return [(name, value) for name, value in figures if value != words.ABSENT]

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from raydeep.report.folder import Run, number
+from raydeep.search.objectives import SHARES
 from raydeep.search.pareto import smallest_close
 
 ABSENT = "–"
@@ -36,6 +37,12 @@ def times(value: Any) -> str:
     return f"{found:.{0 if found >= 19.5 else 1 if found >= 0.095 else 2}f}×"
 
 
+def speed(value: Any) -> str:
+    """A ratio of latencies, where hundredths count: 0.97×."""
+    found = number(value)
+    return times(value) if found is None or found >= 9.995 else f"{found:.2f}×"
+
+
 def duration(value: Any) -> str:
     """Seconds: 3.14 as 3.1 s, 135 as 2 min 15 s, 9000 as 2 h 30 min."""
     found = number(value)
@@ -56,6 +63,11 @@ def bits(value: Any) -> str:
     return "float" if found is None else f"{found:.3g}"
 
 
+def sentence(text: str) -> str:
+    """A line as a sentence: a capital, a full stop."""
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}" if text else ""
+
+
 def setting(value: Any) -> str:
     """A value of a trial's configuration as a person writes it in a job file."""
     if value is None:
@@ -65,17 +77,51 @@ def setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _speed(ratio: float | None) -> str:
-    if ratio is None:
-        return ""
-    slower = ", so slower" if ratio < 0.95 else ""
-    return f"{times(ratio)} the speed of the dense model{slower}"
+def count(value: Any) -> str:
+    """A number of operations: 347392 as 347 k, 1200000 as 1.2 M."""
+    found = number(value)
+    if found is None:
+        return ABSENT
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if found >= 0.9995 * scale:
+            return f"{found / scale:.3g}\u00a0{unit}"
+    return f"{found:.0f}"
+
+
+ALIKE = 0.05  # a ratio so near to 1 is none to speak of
+Claim = tuple[int, str, str]  # better (1), alike (0) or worse (-1) than the dense model; "41×"; "smaller"
+
+
+def _claim(ratio: float | None, better: str, alike: str, worse: str) -> Claim | None:
+    """What a ratio to the dense model amounts to, above 1 being better."""
+    if ratio is None or ratio <= 0:
+        return None
+    if abs(ratio - 1) < ALIKE:
+        return 0, "", alike
+    return (1, times(ratio), better) if ratio > 1 else (-1, times(1 / ratio), worse)
+
+
+def _comparison(row: dict[str, Any], dense: dict[str, Any], by: str) -> str:
+    """41× smaller and 6.2× faster than the dense model: what the search was after first, then the rest."""
+    macs, dense_macs = number(row.get("macs")), number(dense.get("macs"))
+    claims = {
+        "bytes": _claim(number(row.get("compression_ratio")), "smaller", "as large", "larger"),
+        "latency_ms": _claim(number(row.get("latency_ratio")), "faster", "as fast", "slower"),
+        "macs": _claim(dense_macs / macs if macs and dense_macs else None, "fewer MACs", "as many MACs", "more MACs"),
+    }
+    wanted = [by, *(name for name in ("bytes", "latency_ms") if name != by)]
+    known = [claim for name in wanted if (claim := claims.get(name))]
+    good, worse, alike = ([c for c in known if c[0] == sign] for sign in (1, -1, 0))
+    differ = " but ".join(" and ".join(f"{ratio} {word}" for _, ratio, word in part) for part in (good, worse) if part)
+    same = " and ".join(word for *_, word in alike)
+    if not differ:
+        return f"{same} as the dense model" if same else ""
+    return f"{differ} than the dense model" + (f" and {same}" if same and good else f", {same}" if same else "")
 
 
 def _smaller(ratio: float | None, size_bytes: Any) -> str:
-    if ratio is None:
-        return size(size_bytes)
-    return f"{times(ratio)} smaller" if ratio >= 1 else f"{times(1 / ratio)} larger"
+    claim = _claim(ratio, "smaller", "as large as the dense model", "larger")
+    return size(size_bytes) if claim is None else f"{claim[1]} {claim[2]}".strip()
 
 
 def _recipe(row: dict[str, Any]) -> str:
@@ -92,9 +138,22 @@ def _sound(row: dict[str, Any]) -> bool:
 
 
 def pick(run: Run) -> dict[str, Any] | None:
-    """The smallest verified model of the front within 1 point of the dense model's validation accuracy."""
-    dense = number((run.dense or {}).get("val_accuracy"))
-    return None if dense is None else smallest_close([row for row in run.models if _sound(row)], dense)
+    """The verified model of the front that answers the search.
+
+    The smallest (or fastest: whatever the objectives ask for) within 1 point of the dense model's validation accuracy;
+    where they ask for nothing but accuracy, the most accurate one.
+    """
+    dense, sound = number((run.dense or {}).get("val_accuracy")), [row for row in run.models if _sound(row)]
+    if dense is None:
+        return None
+    if only_accuracy(run):
+        return max(sound, key=lambda row: row["val_accuracy"], default=None)
+    return smallest_close(sound, dense, run.objectives.cost) or smallest_close(sound, dense)
+
+
+def only_accuracy(run: Run) -> bool:
+    """Whether the search asks for nothing but accuracy."""
+    return set(run.objectives.modes) <= set(SHARES)
 
 
 def test_rows(run: Run) -> float | None:
@@ -113,19 +172,33 @@ def answer(run: Run) -> tuple[str, str]:
     dense, chosen = run.dense, pick(run)
     if dense is None:
         return _unfinished(run)
+    measured = run.provenance.get("reference")  # of it, the MACs are told nowhere else
+    dense = (measured if isinstance(measured, dict) else {}) | dense
     reference = f"{percent(dense.get('test_accuracy'))} at {size(dense.get('bytes'))}"
     n, accuracy = test_rows(run), number((chosen or dense).get("test_accuracy"))
     doubt = ""
     if n and accuracy is not None:
         error = (accuracy * (1 - accuracy) / n) ** 0.5
         doubt = f" With {n:.0f} test images, one standard error of an accuracy is ±{100 * error:.1f} points."
-    if chosen is not None:
-        speed = _speed(number(chosen.get("latency_ratio")))
-        smaller = _smaller(number(chosen.get("compression_ratio")), chosen.get("bytes"))
-        tail = f"{smaller} and {speed}" if speed else f"{smaller} than the dense model"
+    if chosen is not None and only_accuracy(run):
+        gain = 100 * (chosen["test_accuracy"] - dense["test_accuracy"])
+        against = "as accurate as" if abs(gain) < 0.05 else f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'}"
         return (
-            f"At {percent(chosen.get('test_accuracy'))} test accuracy, {size(chosen.get('bytes'))}: {tail}.",
-            f"Model {chosen.get('label')} is the smallest of the front whose validation accuracy is within "
+            f"{percent(chosen['test_accuracy'])} test accuracy: {against} the model of the job’s own settings.",
+            f"Model {chosen.get('label')} has the highest validation accuracy of those found "
+            f"({percent(chosen['val_accuracy'])}; the job’s own {percent(dense.get('val_accuracy'))}), "
+            f"at {size(chosen.get('bytes'))}.{doubt}",
+        )
+    if chosen is not None:
+        by = run.objectives.cost
+        what = {"bytes": "smallest", "latency_ms": "fastest", "macs": "one with the fewest MACs"}[by]
+        amount = {
+            "latency_ms": f"{number(chosen.get('latency_ms')) or 0:.3g}\u00a0ms a picture",
+            "macs": f"{count(chosen.get('macs'))} MACs",
+        }.get(by, size(chosen.get("bytes")))
+        return (
+            f"At {percent(chosen.get('test_accuracy'))} test accuracy, {amount}: {_comparison(chosen, dense, by)}.",
+            f"Model {chosen.get('label')} is the {what} of the front whose validation accuracy is within "
             f"1 point of the dense model’s (test accuracy {reference}): {_recipe(chosen)}.{doubt}",
         )
     known = [row for row in run.models if _sound(row)]

@@ -34,6 +34,12 @@ class Objectives(NamedTuple):
         """All that must be measured."""
         return {*self.modes, *(limit.objective for limit in self.limits)}
 
+    @property
+    def cost(self) -> str:
+        """The column that an answer as accurate as the dense model is to have least of: the first that is no share."""
+        costs = (name for name, mode in self.modes.items() if mode == "min" and name not in SHARES)
+        return FIELDS[next(costs, "bytes")]
+
     def problem(self, row: Mapping[str, Any]) -> str | None:
         """Why a result can't be judged: a measure is missing or not finite; None if it can."""
         for name in sorted(self.names):

@@ -49,17 +49,18 @@ def spread(indices: Sequence[int], most: int) -> list[int]:
 CLOSE = 0.01  # accuracy that a model may lose against the dense one and still stand for it (1 point)
 
 
-def smallest_close(rows: Sequence[dict[str, Any]], dense: float) -> dict[str, Any] | None:
+def smallest_close(rows: Sequence[dict[str, Any]], dense: float, by: str = "bytes") -> dict[str, Any] | None:
     """The smallest model whose validation accuracy is within 1 point of the dense model's.
 
     Chosen on validation, so that the test accuracy quoted beside it is not picked for being high.
 
     Args:
-        rows: with `val_accuracy` and `bytes`.
+        rows: with `val_accuracy` and the column `by`; those without it don't count.
         dense: validation accuracy of the dense model.
+        by: the column that is to be small.
     """
-    close = [row for row in rows if dense - row["val_accuracy"] <= CLOSE + 1e-9]
-    return min(close, key=lambda row: row["bytes"], default=None)
+    close = [row for row in rows if dense - row["val_accuracy"] <= CLOSE + 1e-9 and row.get(by) is not None]
+    return min(close, key=lambda row: row[by], default=None)
 
 
 def fronts(points: Points) -> list[list[int]]:
