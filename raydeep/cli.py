@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -14,7 +15,7 @@ import typer
 
 from raydeep import __version__, cli_cluster, cli_runs, mirror
 from raydeep.cli_cluster import AsJson, JobFile, Sets
-from raydeep.errors import RaydeepError
+from raydeep.errors import RaydeepError, shown
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -230,9 +231,9 @@ def predict(
         if as_json:
             typer.echo(json.dumps(row._asdict()))
         elif row.error is not None:
-            typer.echo(f"{row.path}\tcan't be read: {row.error}", err=True)
+            typer.echo(f"{shown(row.path)}\tcan't be read: {shown(row.error)}", err=True)
         else:
-            typer.echo(f"{row.path}\t{row.label}\t{row.probability:.4f}")
+            typer.echo(f"{shown(row.path)}\t{shown(str(row.label))}\t{row.probability:.4f}")
     if bad:
         raise RaydeepError(f"{bad} of the pictures can't be read; the others are labelled")
 
@@ -260,6 +261,8 @@ def _terminated(number: int, frame: object) -> None:
 def main() -> None:
     """Entry point: what a user can mend is one line and exit code 2."""
     signal.signal(signal.SIGTERM, _terminated)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # for names that are not UTF-8, or not this locale's
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.path.insert(0, os.getcwd())  # a user's own model, package.module:factory, stands where they run
     except FileNotFoundError:
@@ -268,12 +271,13 @@ def main() -> None:
     try:
         app()
     except RaydeepError as err:
-        typer.echo(f"error: {err}", err=True)
+        typer.echo(f"error: {shown(str(err), lines=True)}", err=True)
         sys.exit(2)
     except OSError as err:  # a full disk, a folder that can't be read or written
         if err.filename is None and err.errno is None:
             raise
-        typer.echo(f"error: {err.filename or 'file system'}: {err.strerror or err}", err=True)
+        where = shown(f"{err.filename or 'file system'}: {err.strerror or err}")
+        typer.echo(f"error: {where}", err=True)
         sys.exit(2)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
 
 from raydeep import own
 
@@ -14,6 +14,21 @@ class Section(BaseModel):
     """Base of every section: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true, false and YAML's yes, no, on, off for a number: pydantic takes them for 1 and 0."""
+        field = cls.model_fields[str(info.field_name)]
+        checked = any(isinstance(one, BeforeValidator) for one in field.metadata)  # says itself what it expects
+        if isinstance(value, bool) and not checked and not _takes(field.annotation, bool):
+            raise ValueError("expected no true or false (nor yes, no, on or off)")
+        return value
+
+
+def _takes(annotation: Any, kind: type) -> bool:
+    """Whether a type, or a part of it, is this one or any."""
+    return annotation in (kind, Any) or any(_takes(part, kind) for part in get_args(annotation))
 
 
 class Average(Section):

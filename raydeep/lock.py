@@ -20,7 +20,8 @@ def held(folder: Path) -> Iterator[bool]:
 
     On a file system without locks it is always held: then people take care.
     """
-    with (folder / LOCK).open("a+") as file:
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW  # not through a link: it is emptied
+    with os.fdopen(os.open(folder / LOCK, flags, 0o644), "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -28,7 +28,7 @@ def find(key: str, text: str, error: type[RaydeepError]) -> Callable[..., Any]:
         found = importlib.import_module(module)
     except (ImportError, ValueError) as err:
         raise error(f"{key} {text}: can't import {module}: {err}; run where it can be imported") from None
-    except Exception as err:  # the module's own code may raise anything
+    except (Exception, SystemExit) as err:  # the module's own code may raise anything, or try to end the process
         raise error(f"{key} {text}: {module} fails when it is imported: {reason(err)}") from err
     if not hasattr(found, name):
         raise error(f"{key} {text}: {module} has no {name}")
@@ -38,6 +38,6 @@ def find(key: str, text: str, error: type[RaydeepError]) -> Callable[..., Any]:
     return made
 
 
-def reason(err: Exception) -> str:
+def reason(err: BaseException) -> str:
     """An exception in one line: its first one, or its class."""
     return next((line for line in str(err).splitlines() if line.strip()), "") or type(err).__name__

@@ -29,6 +29,8 @@ PACKAGES = ("ray", "torch", "torchvision", "kornia", "pyarrow", "numpy", "optuna
 def atomic(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the final name, fsynced, only if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # a pipe or a device would be replaced by a file
+        raise RaydeepError(f"{path}: there is something else than a file; name another one")
     aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}.part")
     try:
         yield aside
@@ -61,7 +63,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise RaydeepError(f"{path}: no such file") from None
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise RaydeepError(f"{path}: not valid JSON ({err}); restore it or make it anew") from None
 
 
@@ -89,7 +91,7 @@ def parse_lines(data: bytes) -> list[dict[str, Any]]:
     for line in data.decode(errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)
@@ -125,20 +127,31 @@ def write_summed(folder: Path, files: Mapping[str, bytes]) -> None:
     write_sums(folder)
 
 
+READ = ("spec.json", "model.safetensors", "model.rdz", "model.onnx")  # of a model folder, by commands
+MAX_SUMS_BYTES = 2**20
+
+
 def check_sums(folder: Path) -> None:
     """Check `SHA256SUMS`.
 
     Raises:
-        ModelError: a file is missing or changed.
+        ModelError: a file is missing or changed, or one that commands read is not named.
     """
     sums = folder / "SHA256SUMS"
     if not sums.is_file():
         raise ModelError(f"{folder}: no SHA256SUMS; not a whole model folder, export it again")
-    for line in sums.read_text().splitlines():
+    with sums.open("rb") as file:
+        text = file.read(MAX_SUMS_BYTES).decode(errors="replace")
+    listed = set()
+    for line in text.splitlines():
         digest, _, name = line.partition("  ")
-        file = folder / Path(name).name
-        if not file.is_file() or sha256_file(file) != digest:
-            raise ModelError(f"{file}: missing or changed since it was written; export the model again")
+        path = folder / Path(name).name
+        if not path.is_file() or sha256_file(path) != digest:
+            raise ModelError(f"{path}: missing or changed since it was written; export the model again")
+        listed.add(path.name)
+    for name in READ:
+        if name not in listed and (folder / name).exists():
+            raise ModelError(f"{folder / name}: SHA256SUMS does not name it; export the model again")
 
 
 HEAVY = {"checkpoints", "models", "ray", "trials", "workers"}

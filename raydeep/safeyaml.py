@@ -72,7 +72,7 @@ def load_yaml(text: str) -> Any:
     Raises:
         JobError: with the line and what is wrong there.
     """
-    if len(text.encode()) > MAX_JOB_BYTES:
+    if len(text.encode(errors="replace")) > MAX_JOB_BYTES:
         raise JobError(f"larger than {MAX_JOB_BYTES:,} bytes: that is no job file")
     try:
         loader = _Loader(text)
@@ -83,7 +83,9 @@ def load_yaml(text: str) -> Any:
     except yaml.YAMLError as err:
         mark = getattr(err, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        raise JobError(f"{where}not valid YAML: {getattr(err, 'problem', None) or err}") from None
+        raise JobError(
+            f"{where}not valid YAML: {getattr(err, 'problem', None) or ' '.join(str(err).split())}"
+        ) from None
     except (RecursionError, ValueError) as err:
         raise JobError(f"not valid YAML: {err}") from None
 

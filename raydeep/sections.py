@@ -89,7 +89,7 @@ class Data(Section):
     window_bytes: Annotated[int, Field(ge=2**20)] = Field(
         256 * 2**20, description="stream: decoded pictures that are shuffled together, bytes over all workers"
     )
-    rows: Count = Field(2000, description="synthetic: number of pictures")
+    rows: Annotated[int, Field(ge=1, le=10_000_000)] = Field(2000, description="synthetic: number of pictures")
     classes: Annotated[int, Field(ge=2)] = Field(4, description="synthetic: number of classes")
 
     @property

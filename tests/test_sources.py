@@ -203,8 +203,8 @@ def test_a_source_reads_any_rows_in_any_order_in_another_process(put, tmp_path):
 def test_pictures_are_read_one_at_a_time_and_row_groups_once(put, monkeypatch):
     source = sources.open_source(Data(source="folder", path=put("local", as_folder())))
     seen: list[str] = []
-    read = files.Files.read
-    monkeypatch.setattr(files.Files, "read", lambda self, path: [seen.append(path), read(self, path)][1])
+    opened = files.Files.open
+    monkeypatch.setattr(files.Files, "open", lambda self, path: [seen.append(path), opened(self, path)][1])
     reading = source.read(source.rows)
     next(reading)
     assert len(seen) == 1

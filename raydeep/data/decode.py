@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from raydeep.errors import DataError
 
 if TYPE_CHECKING:
+    from typing import BinaryIO
+
     from PIL.ImageFile import ImageFile
 
 MAX_PIXELS = 64 * 2**20
+MAX_BYTES = 8 * MAX_PIXELS  # of a file: the largest picture, 16 bits a channel, not compressed
 # Only what decodes in this process from its own bytes: EPS, say, would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 FIRST_BYTES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
@@ -22,6 +26,19 @@ ORIENTATION, TILE_WIDTH, TILE_HEIGHT = 0x0112, 0x0142, 0x0143
 GREY_MODES = ("1", "L", "LA", "La", "F")
 ALPHA_MODES = ("LA", "La", "RGBA", "RGBa", "PA")
 CHANNELS = {"grey": 1, "rgb": 3}
+
+
+def read_file(file: BinaryIO) -> bytes:
+    """A whole file that is to be a picture.
+
+    Raises:
+        DataError: it is larger than any picture.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if size > MAX_BYTES:
+        raise DataError(f"{size:,} bytes, a picture has at most {MAX_BYTES:,}")
+    file.seek(0)
+    return file.read()
 
 
 def open_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:

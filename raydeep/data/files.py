@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from raydeep import remote
+from raydeep.data import decode
 from raydeep.data.rows import Picture, Row, printable
 from raydeep.errors import DataError, RaydeepError
 from raydeep.remote import SCHEME
@@ -111,11 +112,16 @@ class Files:
             DataError: the server can't be asked.
         """
         try:
-            return self.read(path)
+            with self.open(path) as file, self._told(one=True):
+                return decode.read_file(file)
         except FileNotFoundError:
             return DataError("no such file")
         except OSError as err:
             return DataError(f"can't be read: {err.strerror or err}")
+        except DataError as err:
+            if self.remote and str(err).startswith("data.path"):
+                raise
+            return err
 
     def inside(self, path: str) -> str | None:
         """A path from a table, made relative to the root; None: it leaves the root, or is no path."""

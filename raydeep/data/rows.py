@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MAX_CLASSES = 100_000
+MAX_LABEL = 1_000  # characters
 SPLITS = ("train", "val", "test")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 WHOLE = re.compile(r"-?(0|[1-9]\d{0,17})")
@@ -95,8 +96,15 @@ def labels_of_arrow(where: Callable[[int], str], column: pa.ChunkedArray) -> Lab
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+    if pa.types.is_dictionary(column.type):  # not cast: a file of some kilobytes may stand for gigabytes of text
+        column = column.unify_dictionaries()
+        if not column.num_chunks:
+            return Labels(where, [], np.zeros(0, np.int64), [])
+        known = labels_of_arrow(where, pa.chunked_array([column.chunk(0).dictionary]))
+        index = np.concatenate([part.indices.fill_null(-1).to_numpy() for part in column.chunks])  # -1: the last one
+        used, places = np.unique(np.append(known.places, len(known.values))[index], return_inverse=True)
+        values = [[*known.values, None][at] for at in used]
+        return Labels(where, values, places, values)
     try:
         parts = pc.dictionary_encode(column, null_encoding="encode").unify_dictionaries().chunks
     except pa.ArrowNotImplementedError:  # a type that is no label either
@@ -145,6 +153,8 @@ def code(home: str, columns: list[Labels], names: list[str] | None) -> tuple[lis
         wrong = [at for at, value in enumerate(labels.values) if value is not None and not _fits(value, texts)]
         if wrong:
             row, shown = _first(labels, wrong)
+            if isinstance(shown, str) and len(shown) > MAX_LABEL:
+                raise DataError(f"{labels.where(row)}: a label of {len(shown):,} characters, at most {MAX_LABEL:,}")
             hint = ""
             if isinstance(shown, float) or (isinstance(shown, str) and not texts and not WHOLE.fullmatch(shown)):
                 hint = " (an empty cell makes a column of integers decimal: write whole numbers, leave out such rows)"
@@ -174,7 +184,8 @@ def code(home: str, columns: list[Labels], names: list[str] | None) -> tuple[lis
 
 def _fits(value: Any, texts: bool) -> bool:
     if texts:
-        return isinstance(value, str) and value == value.encode("utf-8", "ignore").decode()  # no halves of characters
+        whole = isinstance(value, str) and value == value.encode("utf-8", "ignore").decode()  # no halves of characters
+        return whole and len(value.strip()) > 0 and len(value) <= MAX_LABEL
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -196,6 +207,8 @@ def parse_names(where: str, data: bytes) -> list[str]:
         raise DataError(f"{where}: not valid JSON: {err}") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{where}: expected a list of class names")
+    if any(not name.strip() or len(name) > MAX_LABEL for name in names):
+        raise DataError(f"{where}: a class name is empty or longer than {MAX_LABEL:,} characters; shorten it")
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"{where}: the class name {twice!r} stands there twice; give each class its own")

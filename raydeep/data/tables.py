@@ -95,7 +95,7 @@ def _index(files: Files, name: str, cfg: Data) -> _Index:
             for key, column in (("image_column", cfg.image_column), ("label_column", cfg.label_column)):
                 if column not in schema.names:
                     raise DataError(f"{where}: no column {column!r}, found {', '.join(schema.names)}; set data.{key}")
-            kind = schema.field(cfg.image_column).type
+            kind, label = schema.field(cfg.image_column).type, schema.field(cfg.label_column).type
             if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
                 kind = kind.field("bytes").type
             if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)):
@@ -103,15 +103,17 @@ def _index(files: Files, name: str, cfg: Data) -> _Index:
                     f"{where}: column {cfg.image_column!r} is {kind}; expected binary (the bytes of a picture file) "
                     f"or a struct with such a field `bytes`; set data.image_column"
                 )
-            labels = rows_.labels_of_arrow(
-                lambda i: f"{where} row {i}", parts.read(columns=[cfg.label_column]).column(cfg.label_column)
-            )
             sizes, nbytes = [], []
             for group in map(parts.metadata.row_group, range(parts.num_row_groups)):
                 chunks = [group.column(i) for i in range(group.num_columns)]
                 total = sum(c.total_uncompressed_size for c in chunks if _of(c.path_in_schema, cfg.image_column))
                 sizes.append(group.num_rows)
                 nbytes.append(total // max(group.num_rows, 1))
+        text = pa.types.is_string(label) or pa.types.is_large_string(label) or pa.types.is_binary(label)
+        with files.open(name) as opened, pq.ParquetFile(opened, read_dictionary=[cfg.label_column] * text) as parts:
+            labels = rows_.labels_of_arrow(
+                lambda i: f"{where} row {i}", parts.read(columns=[cfg.label_column]).column(cfg.label_column)
+            )
     except (OSError, ValueError, KeyError) as err:
         raise DataError(f"{where}: not readable as Parquet: {err}") from None
     return _Index(labels, sizes, nbytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,6 +43,20 @@ def pictures(paths: list[Path]) -> list[Path]:
     return found
 
 
+def _spec(folder: Path) -> tuple[tuple[int, int, int], list[str]]:
+    """Input shape HWC and class names of a model folder."""
+    spec = read_json(folder / "spec.json")
+    try:
+        (height, width, channels), classes = spec["input"], spec["classes"]
+        whole = 0 < height * width <= decode.MAX_PIXELS and channels in (1, 3) and len(classes) > 0
+        whole = whole and all(type(n) is int and n > 0 for n in (height, width)) and type(classes) is list
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole or not all(isinstance(name, str) for name in classes):
+        raise ModelError(f"{folder}/spec.json: not the spec of a model that takes pictures; export the model again")
+    return (height, width, channels), classes
+
+
 def predict(folder: Path, paths: list[Path]) -> Iterator[Prediction]:
     """Label pictures; one that can't be read is reported in its row, the others go on.
 
@@ -56,22 +70,28 @@ def predict(folder: Path, paths: list[Path]) -> Iterator[Prediction]:
     if not (folder / "model.onnx").is_file() or not (folder / "spec.json").is_file():
         raise ModelError(f"{folder}: not a model folder (no model.onnx and spec.json); see RUN/models/")
     check_sums(folder)
-    spec: dict[str, Any] = read_json(folder / "spec.json")
-    height, width, channels = spec["input"]
+    (height, width, channels), classes = _spec(folder)
     run = open_onnx(folder / "model.onnx")
+    try:
+        found = run(np.zeros((1, height, width, channels), np.uint8)).shape
+    except Exception as err:  # onnxruntime's own kinds share no public base
+        raise ModelError(f"{folder}: model.onnx does not take what spec.json says: {err}") from None
+    if found != (1, len(classes)):
+        raise ModelError(f"{folder}: model.onnx gives {list(found)}, spec.json names {len(classes)} classes")
     for path in pictures(paths):
         try:
-            picture = decode.open_picture(path.read_bytes())
+            with path.open("rb") as file:
+                picture = decode.open_picture(decode.read_file(file))
         except (DataError, OSError) as err:
             yield Prediction(str(path), None, 0.0, str(err))
             continue
         pixels = decode.to_pixels(picture, "grey" if channels == 1 else "rgb", height if height == width else None)
         if pixels.shape != (height, width, channels):  # pictures that are not square are never scaled
-            found = f"{pixels.shape[0]}×{pixels.shape[1]} pixels, the model takes {height}×{width}"
-            yield Prediction(str(path), None, 0.0, found)
+            size = f"{pixels.shape[0]}×{pixels.shape[1]} pixels, the model takes {height}×{width}"
+            yield Prediction(str(path), None, 0.0, size)
             continue
         logits = run(pixels[None])[0].astype(np.float64)
         probabilities = np.exp(logits - logits.max())
         probabilities /= probabilities.sum()
         best = int(probabilities.argmax())
-        yield Prediction(str(path), spec["classes"][best], float(probabilities[best]))
+        yield Prediction(str(path), classes[best], float(probabilities[best]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,7 @@ def runner(data: bytes, threads: int = 1) -> Run:
 
 def session(data: bytes, threads: int = 1) -> Any:
     """An onnxruntime.InferenceSession on the CPU."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # importing it sends and stores facts about this machine
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -143,7 +143,7 @@ def build(name: str, args: dict[str, Any], num_classes: int, shape: tuple[int, i
         model = factory(num_classes=num_classes, in_channels=channels, image_size=(height, width), **args)
     except ModelError:
         raise
-    except Exception as err:  # a user's own code may raise anything
+    except (Exception, SystemExit) as err:  # a user's own code may raise anything, or try to end the process
         raise ModelError(
             f"model.name {name}: its factory failed: {err or type(err).__name__}; check model.args"
         ) from err

@@ -9,8 +9,11 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from raydeep.errors import shown
 
 PLAIN_EVERY_S = 15.0  # seconds between two plain lines of one stage
 
@@ -39,10 +42,10 @@ class Stage:
         """Move on."""
         self.text = text
         if self.live is not None:
-            self.bar.update(self.task, completed=done, total=total, text=f"{done}/{total} {text}")
+            self.bar.update(self.task, completed=done, total=total, text=escape(f"{done}/{total} {shown(text)}"))
         elif time.monotonic() - self.last > PLAIN_EVERY_S:
             self.last = time.monotonic()
-            self.console.print(f"  {self.name}: {done}/{total} {text}", highlight=False)
+            self.console.print(f"  {self.name}: {done}/{total} {shown(text)}", highlight=False, markup=False)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Show a small table below the line, where there is a terminal."""
@@ -61,7 +64,8 @@ class Stage:
             self.live.stop()
         if kind is None:
             took = time.monotonic() - self.start
-            self.console.print(f"[green]✓[/] {self.name:<10} {self.text} [dim]({took:.1f} s)[/]", highlight=False)
+            text = escape(shown(self.text))  # a path may hold [/] or escape sequences
+            self.console.print(f"[green]✓[/] {self.name:<10} {text} [dim]({took:.1f} s)[/]", highlight=False)
 
 
 class Ui:
@@ -78,7 +82,7 @@ class Ui:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(shown(text), highlight=False, markup=False)
 
     def front(self, dense: dict[str, Any], models: list[dict[str, Any]]) -> None:
         """The Pareto table."""

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from raydeep.errors import RaydeepError
+from raydeep.errors import JobError, RaydeepError
+from raydeep.safeyaml import load_yaml
 from raydeep.search.objectives import Objectives
 from raydeep.tuning import Search
 
@@ -99,9 +98,9 @@ def read_run(run_dir: Path) -> Run:
     job_path = run_dir / "job.yaml"
     job_text = job_path.read_text(encoding="utf-8", errors="replace") if job_path.is_file() else ""
     try:
-        job = yaml.safe_load(job_text) or {}
-    except yaml.YAMLError as err:
-        raise RaydeepError(f"{job_path}: not readable as YAML: {err}") from None
+        job = load_yaml(job_text) or {}
+    except JobError as err:
+        raise RaydeepError(f"{job_path}: {err}") from None
     if not isinstance(job, dict):
         raise RaydeepError(f"{job_path}: expected a mapping of sections, found {type(job).__name__}")
     skipped: dict[str, int] = {}
@@ -166,7 +165,7 @@ def _object(path: Path) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise RaydeepError(f"{path}: not readable as JSON: {err}") from None
     if not isinstance(value, dict):
         raise RaydeepError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -182,7 +181,7 @@ def _lines(path: Path, skipped: dict[str, int]) -> list[dict[str, Any]]:
     for index, line in enumerate(lines):
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         if isinstance(value, dict):
             rows.append(value)
