@@ -127,7 +127,7 @@ def write_summed(folder: Path, files: Mapping[str, bytes]) -> None:
     write_sums(folder)
 
 
-READ = ("spec.json", "model.safetensors", "model.rdz", "model.onnx")  # of a model folder, by commands
+READ = ("spec.json", "model.safetensors", "model.rdz")  # of a model folder: written once, read by commands
 MAX_SUMS_BYTES = 2**20
 
 

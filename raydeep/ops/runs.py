@@ -217,7 +217,7 @@ def _object(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise RaydeepError(f"{path.name}: not readable as JSON: {err}") from None
     if not isinstance(value, dict):
         raise RaydeepError(f"{path.name}: expected a JSON object, found {type(value).__name__}")
@@ -229,7 +229,7 @@ def _job(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = yaml.load(path.read_bytes(), Loader=_Yaml) or {}
-    except (yaml.YAMLError, ValueError) as err:  # ValueError: no text
+    except (yaml.YAMLError, ValueError, RecursionError) as err:  # ValueError: no text
         raise RaydeepError(f"{path.name}: not readable as YAML: {err}") from None
     if not isinstance(value, dict):
         raise RaydeepError(f"{path.name}: expected a mapping of sections, found {type(value).__name__}")

@@ -142,7 +142,7 @@ def run_in(case: Case, stock: Stock, server: Server | None, box: Path) -> tuple[
     else:
         what = {"python": words[-1], "argv": []} if case.python else {"argv": words}
         answer = server.ask(
-            folder=str(here), env=env, out=str(out), err=str(err), seconds=60.0, file_bytes=case.file_bytes, **what
+            folder=str(here), env=env, out=str(out), err=str(err), seconds=120.0, file_bytes=case.file_bytes, **what
         )
     texts = [file.read_bytes().decode("utf-8", "surrogateescape") for file in (out, err)]
     return Ended(answer["code"], *texts, answer["peak"], answer["seconds"]), box, before
