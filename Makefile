@@ -2,7 +2,7 @@
 PYTHON ?= python3
 READY := .venv/.installed
 
-.PHONY: demo test fast cluster lint bench-report soak mutation audit sbom clean
+.PHONY: demo test fast cluster lint docs bench-report soak mutation audit sbom clean
 
 demo: $(READY)
 	.venv/bin/raydeep search jobs/digits.yaml
@@ -19,6 +19,9 @@ lint: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
 bench-report: $(READY)
 	.venv/bin/python benchmarks/report.py
@@ -50,4 +53,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis mutants
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis mutants

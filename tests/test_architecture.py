@@ -23,7 +23,10 @@ from raydeep.config import load_job, parse_job, valid_keys
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "raydeep").rglob("*.py"))
-PAGES = [ROOT / "README.md", *sorted(page for page in ROOT.glob("*/README.md") if page.parent.name[0] != ".")]
+PAGES = [
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(page for page in ROOT.glob("*/README.md") if page.parent.name[0] != "."),
+]  # fmt: skip
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 
 # A module may import from its own package and from those left of it.
@@ -174,7 +177,8 @@ def blocks(page: Path, *kinds: str) -> list[str]:
 
 def commands(page: Path, program: str) -> list[list[str]]:
     """Commands in code blocks and in `inline code`, split as a shell does, without the program's name."""
-    lines = [line for text in blocks(page, "", "sh", "bash", "console", "shell") for line in text.splitlines()]
+    shown = (text.replace("\\\n", " ") for text in blocks(page, "", "sh", "bash", "console", "shell"))
+    lines = [line for text in shown for line in text.splitlines()]
     lines += re.findall(r"`([^`\n]+)`", page.read_text())
     found = (re.match(rf"\s*(?:\$ )?(?:\.venv/bin/)?{program} (.+)", line) for line in lines)
     return [shlex.split(match[1], comments=True) for match in found if match]
@@ -207,7 +211,7 @@ def test_every_make_target_of_a_page_exists(page):
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_path_of_a_page_exists(page):
     text = page.read_text()
-    not_ours = {".git", ".venv", "build", "dist", "runs"}
+    not_ours = {".git", ".venv", "build", "dist", "runs", "site"}
     top = "|".join(re.escape(path.name) for path in ROOT.iterdir() if path.is_dir() and path.name not in not_ours)
     paths = {ROOT / path for path in re.findall(rf"(?<![\w./-])((?:{top})/[\w./*-]*\w)", text)}
     paths |= {page.parent / link for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text)}
