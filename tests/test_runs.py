@@ -17,7 +17,7 @@ import pytest
 from runfolders import FACTS, TRIALS, dump, ledger, make_run, put
 from typer.testing import CliRunner
 
-from raydeep import lock, mirror
+from raydeep import lock, mirror, remote
 from raydeep.cli import app
 from raydeep.config import Job
 from raydeep.errors import RaydeepError
@@ -64,7 +64,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     half = begun(make_run(folder / "half"), 3)
     for name in ("front.json", "evaluation.json"):
         (half / name).unlink()
-    put(half, [row for row in ledger(half) if row.get("trial", 0) < 20])
+    put(half, [row for row in ledger(half) if row.get("trial", 0) < 20 + (row.get("event") == "rung")])  # 20 goes on
     (half / "ledger.jsonl").open("a").write('{"trial": 21, "eve')  # torn by a kill
     failed = make_run(folder / "failed", search=False)
     ended = {"status": "failed", "error": "loss is NaN"}
@@ -232,12 +232,15 @@ def test_how_a_command_ended_is_kept_until_it_goes_on(job: Job) -> None:
 # a bucket
 
 
-def test_runs_of_a_bucket_are_listed_by_their_small_files(bucket: str, on: Callable[[str], None]) -> None:
+def test_runs_of_a_bucket_are_listed_by_their_small_files(
+    bucket: str, on: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = mirror.place(bucket)
     for name in ("one", "two"):
         run = make_run(folder / name)
         (run / "models" / "dense").mkdir(parents=True)
         (run / "models" / "dense" / "model.safetensors").write_bytes(b"x" * 1000)
+        (run / "report.html").write_text("large")
         if name == "two":
             (run / "front.json").unlink()
         mirror.push_folder(run)
@@ -247,7 +250,10 @@ def test_runs_of_a_bucket_are_listed_by_their_small_files(bucket: str, on: Calla
     on("b")
     there = mirror.place(bucket)
     assert there != folder
+    listing, deep = remote.listing, []
+    monkeypatch.setattr(remote, "listing", lambda *asked: deep.append(asked[2]) or listing(*asked))
     found = {row.name: row for row in runs.listing(there, NOW)}
+    assert deep == [False] * 3  # a run's checkpoints and a dataset's shards can be thousands
     assert {name: row.status for name, row in found.items()} == {"one": "finished", "two": "unknown"}
     assert found["one"].path == f"{bucket}/one"
     assert sorted(path.name for path in (there / "one").rglob("*") if path.is_file()) == sorted(runs.FILES)
