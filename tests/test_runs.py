@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from raydeep.cli import app
 from raydeep.config import Job
 from raydeep.errors import RaydeepError
 from raydeep.ops import runs, show
+from raydeep.report import words
+from raydeep.report.folder import read_run
 from raydeep.run import Run
 
 HOLD = """import sys, time, pathlib
@@ -125,12 +128,29 @@ def test_a_model_that_is_not_verified_is_no_answer(tmp_path: Path) -> None:
     assert row(tmp_path, "run").status == "failed"
 
 
+def test_the_answer_is_that_of_the_report(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    smallest = row(tmp_path, "run").answer
+    front = json.loads((run / "front.json").read_text())
+    for model in front["models"]:
+        model["latency_ms"] = 0.1 if model["label"] == smallest else 0.01 * (1 + model["bytes"] / 1e6)
+    dump(run / "front.json", front)
+    put(run, [FACTS | {"objectives": {"accuracy": "max", "latency": "min"}}, *ledger(run)[1:]])
+    found, fastest = row(tmp_path, "run").answer, words.pick(read_run(run))
+    assert fastest is not None
+    assert (found, found != smallest) == (fastest["label"], True)
+    (run / "ledger.jsonl").unlink()
+    (run / "job.yaml").write_text("search: {objectives: {accuracy: max, latency: min}}\n")
+    assert row(tmp_path, "run").answer == found
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
         ("job.yaml", "name: [", "job.yaml: not readable as YAML"),
         ("job.yaml", "- 1\n", "job.yaml: expected a mapping of sections, found list"),
-        ("job.yaml", "\0\xff", "job.yaml: not readable as YAML"),
+        ("job.yaml", "\0", "job.yaml: not readable as YAML"),
+        ("job.yaml", "name: \xff", "job.yaml: not readable as YAML"),  # no UTF-8: the report is not so strict
         ("provenance.json", "", "provenance.json: not readable as JSON"),
         ("provenance.json", "[]", "provenance.json: expected a JSON object, found list"),
         ("evaluation.json", "{", "evaluation.json: not readable as JSON"),
@@ -143,6 +163,8 @@ def test_a_damaged_run_is_a_row_that_says_so(tmp_path: Path, name: str, text: st
     assert found.status == "damaged"
     assert found.detail.startswith(said)
     assert row(tmp_path, "good").status == "finished"
+    with pytest.raises(RaydeepError, match=re.escape(name)):
+        show.facts(tmp_path / "bad", NOW)
 
 
 @pytest.mark.parametrize("value", [None, 3, "x", [1], {"a": "b"}, [None], [{"label": 1, "bytes": "x"}]])

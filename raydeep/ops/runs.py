@@ -18,7 +18,7 @@ from raydeep import lock, mirror, remote
 from raydeep.config import Job
 from raydeep.errors import RaydeepError
 from raydeep.report import words
-from raydeep.report.folder import Run, number
+from raydeep.report.folder import Run, number, objectives_of
 from raydeep.run import parse_lines, storage_folder
 
 FILES = ("job.yaml", "provenance.json", "metrics.jsonl", "ledger.jsonl", "front.json", "evaluation.json")
@@ -132,7 +132,8 @@ def _row(path: Path, now: float) -> Row:
     ledger, metrics = _lines(path / "ledger.jsonl"), _lines(path / "metrics.jsonl")
     for name in ("models", "unverified"):
         front |= {name: found if isinstance(found := front.get(name), list) else []} if front else {}
-    run = Run(job=job, job_text="", provenance=provenance, front=front or None, evaluation=evaluation or None)
+    asked = next((row for row in ledger if "trial" not in row), job.get("search"))
+    run = Run(job=job, job_text="", provenance=provenance, front=front or None, objectives=objectives_of(asked))
     last: dict[str, Any] = next((row for row in reversed(metrics) if number(row.get("epoch")) is not None), {})
     kind = _kind(job, provenance, ledger, path)
     status, detail = _status(path, run, ledger)

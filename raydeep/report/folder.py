@@ -112,7 +112,7 @@ def read_run(run_dir: Path) -> Run:
     stages = list(dict.fromkeys(stage for stage, _ in metrics))
     lines = _lines(run_dir / "ledger.jsonl", skipped)
     facts = next((row for row in lines if "trial" not in row), {})
-    objectives = _objectives(facts or job.get("search"))
+    objectives = objectives_of(facts or job.get("search"))
     lines = [row | {"trial": int(trial)} for row in lines if (trial := number(row.get("trial"))) is not None]
     rungs = {(row["trial"], row.get("rung")): row for row in lines if row.get("event") == "rung"}
     trials = _so_far(list(rungs.values()), objectives)
@@ -133,7 +133,7 @@ def read_run(run_dir: Path) -> Run:
     )
 
 
-def _objectives(section: Any) -> Objectives:
+def objectives_of(section: Any) -> Objectives:
     """Those of the ledger's first line or of a job's search section; accuracy and bytes where they are not told."""
     known = section if isinstance(section, dict) else {}
     try:
