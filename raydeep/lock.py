@@ -54,8 +54,8 @@ def holder(folder: Path) -> Holder | None:
     try:
         found = json.loads((folder / LOCK).read_text())
         host, pid, began = str(found["host"]), int(found["pid"]), found["began"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no file, nobody's, or one that is being written
-        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # no file, nobody's, or one that is being written
     return Holder(host, pid, _began(pid) == began if host == socket.gethostname() else None)
 
 

@@ -89,8 +89,8 @@ def render(runs: Sequence[Run], names: Sequence[str], folders: Sequence[str]) ->
         data=data,
         comparable=same_data,
         about=about,
-        headline=differences.headline(runs, letters) if same_data is not False else "",
-        doubt=differences.doubt(runs) if same_data is not False else "",
+        headline=differences.headline(runs, letters),
+        doubt=differences.doubt(runs),
         rows=[row for run, letter, one in zip(runs, letters, drawn, strict=True) for row in _rows(run, letter, one)],
         volumes=differences.volumes(runs, objectives),
         corner=differences.corner_words(runs, objectives),
@@ -119,12 +119,9 @@ def _told(letter: str, name: str, folder: str, run: Run, mark: Mark) -> dict[str
 
 def _rows(run: Run, letter: str, drawn: dict[str, Any]) -> list[dict[str, Any]]:
     """A run's dense model and its answer, as rows of plain values."""
-    rows = [row | {"letter": letter} for row in tables.models(run, drawn) if row["is_dense"] or row["pick"]]
-    chosen = words.pick(run)
-    if chosen is not None and not any(row["label"] == chosen.get("label") for row in rows):
-        label = str(chosen.get("label"))
-        rows += [row | {"letter": letter} for row in tables.models(run, drawn) if row["label"] == label]
-    return rows
+    chosen = str((words.pick(run) or {}).get("label"))
+    rows = tables.models(run, drawn)
+    return [row | {"letter": letter} for row in rows if row["is_dense"] or row["label"] == chosen]
 
 
 # what the plots draw
