@@ -40,9 +40,9 @@ from soak_watch import (
 from raydeep.run import append_line
 
 SLOTS = WORKERS * CPUS  # trials at once
-TRIALS = 100
+TRIALS = 60
 SETS = (
-    "train.epochs=60", "train.batch_size=8", "train.lr=0.01", "train.checkpoint_seconds=5", "scaling.max_failures=1000",
+    "train.epochs=20", "train.batch_size=8", "train.lr=0.01", "train.checkpoint_seconds=5", "scaling.max_failures=1000",
     f"search.trials={TRIALS}", "export.latency_rounds=3", "export.max_models=3",
 )  # fmt: skip
 QUICK = ("train.epochs=10", "search.trials=30")
