@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import runfolders
 from runfolders import (
     CLASSES,
     EPOCHS,
@@ -212,6 +213,17 @@ def test_page_is_whole_and_loads_nothing(run_dir: Path, page: Page) -> None:
         "0f3c9a7d51e24b6f8a90",
     ):
         assert name in page.text
+
+
+def test_a_thousand_trials_with_all_their_pictures_stay_below_6_mb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runfolders, "TRIALS", 1000)
+    run = make_run(tmp_path / "run")
+    page = write_report(run)
+    assert json.loads(Page(page).scripts[0])["points"]["trial"][-1] == 999
+    assert page.stat().st_size + 300_000 < 6_000_000  # gallery.json is smaller than that
+    assert "The 200 dearest of 1000." in Page(page).text
 
 
 def test_text_from_the_folder_stays_text(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ One browser serves the module. Its driver is the system's: selenium is never let
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from itertools import pairwise
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runfolders import CLASSES, FAILED, PICTURE, TRIALS, Page, make_run
+from runfolders import CLASSES, FAILED, PICTURE, TRIALS, Page, dump, make_run
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
@@ -110,6 +111,8 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("SE_OFFLINE", "true")
     folder = tmp_path_factory.mktemp("report")
     page = write_report(make_run(folder / "run", classes=["</script><b>", *CLASSES[1:]]))
     options = webdriver.ChromeOptions()
@@ -126,6 +129,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         assert driver.get_log("browser") == []  # after all that the tests did
     finally:
         driver.quit()
+        patch.undo()
 
 
 @pytest.fixture
@@ -399,9 +403,8 @@ A4 = (688, 1000)  # pixels between the margins
 
 def test_paper_shows_every_section_in_light_colours(wide: Browser) -> None:
     wide.look(scheme="dark")
+    wide.js("window.dispatchEvent(new Event('beforeprint'))")  # comes while the page is still on the screen
     wide.look(size=A4, scheme="dark", media="print")
-    wide.js("window.dispatchEvent(new Event('beforeprint'))")
-    wide.settle()
     ticks = "return getComputedStyle(document.querySelector('#plot-front .xtick text')).fill"
     shown = wide.js(
         "return [...document.querySelectorAll('section, .plot, svg')].map((node) => node.clientHeight > 20)"
@@ -413,12 +416,39 @@ def test_paper_shows_every_section_in_light_colours(wide: Browser) -> None:
         assert wide.js(WIDER) == [0, []]
         cut = "return [...document.querySelectorAll('.scroll')].map((box) => box.scrollWidth - box.clientWidth)"
         assert max(wide.js(cut)) <= 0
+        cut = """return [...document.querySelectorAll(".plot")].map((plot) =>
+          plot.querySelector(".main-svg").clientWidth - plot.clientWidth)"""
+        assert max(wide.js(cut)) <= 0
         assert all(shown)
         assert sum(row.is_displayed() for row in wide.all("#trials tbody tr")) == 25
     finally:
         wide.look(scheme="dark")
         wide.js("window.dispatchEvent(new Event('afterprint'))")
     assert wide.js(ticks) == "rgb(160, 169, 178)"
+
+
+@pytest.mark.parametrize("kind", ["a training", "a search that goes on", "a compression", "a job"])
+def test_pages_of_all_kinds_of_runs_draw_without_an_error(browser: Browser, tmp_path: Path, kind: str) -> None:
+    run = make_run(tmp_path / "run", search=kind != "a training")
+    front = json.loads((run / "front.json").read_text())
+    if kind == "a search that goes on":
+        for name in ("front.json", "evaluation.json", "gallery.json"):
+            (run / name).unlink()
+    elif kind == "a compression":
+        (run / "ledger.jsonl").unlink()
+        dump(run / "front.json", front | {"models": [front["models"][0] | {"trial": None, "label": "compressed"}]})
+    elif kind == "a job":
+        for file in [path for path in run.iterdir() if path.name != "job.yaml"]:
+            file.unlink()
+    browser.driver.get(write_report(run).as_uri())
+    plots = {"a training": 4, "a search that goes on": 5, "a compression": 6, "a job": 0}[kind]
+    assert len(browser.all(".js-plotly-plot")) == plots
+    assert len(browser.all("#parallel path.trial")) == (TRIALS - FAILED if kind == "a search that goes on" else 0)
+    for row in browser.all("tr[data-point] button")[:2]:
+        browser.js("arguments[0].click()", row)
+    browser.js("window.dispatchEvent(new Event('beforeprint')); window.dispatchEvent(new Event('afterprint'))")
+    assert browser.driver.get_log("browser") == []
+    browser.driver.get(browser.address)
 
 
 def test_the_page_reads_without_scripts(browser: Browser) -> None:

@@ -53,6 +53,7 @@ def templates() -> jinja2.Environment:
         "bits": words.bits,
         "duration": words.duration,
         "sentence": words.sentence,
+        "short": lambda value: "" if value is None else f"{value:.6g}",
     }
     return environment
 

@@ -56,10 +56,10 @@ def _of_key(key: str, configs: Sequence[dict[str, Any] | None], dimension: Any) 
         at = [None if value is None else place(value[0], low, high, log) for value in values]
         ends: list[float] | None = [low, high]
     else:
-        names = _ordered({words.setting(value): value for value in present})
+        names = _ordered({words.brief(value): value for value in present})
         places = {name: k / max(1, len(names) - 1) if len(names) > 1 else 0.5 for k, name in enumerate(names)}
         scale = [(share, _cut(name)) for name, share in places.items()]
-        at = [None if value is None else places[words.setting(value[0])] for value in values]
+        at = [None if value is None else places[words.brief(value[0])] for value in values]
         ends, log = None, False
     if any(value is None and config is not None for value, config in zip(values, configs, strict=True)):
         lift = lambda share: UNSET + (1 - UNSET) * share  # noqa: E731

@@ -47,7 +47,7 @@ def plot_data(run: Run) -> dict[str, Any]:
     points |= {name: [_text(row.get(name)) for row in rows] for name in ("label", "start")}
     points["going"] = [row.get("event") == "rung" for row in rows]
     points["config"] = {
-        key: [words.setting(config[key]) if key in config else "" for config in configs]
+        key: [words.brief(config[key]) if key in config else "" for config in configs]
         for key in dict.fromkeys(key for config in configs for key in config)
     }
     judged = [i for i, row in enumerate(rows) if run.objectives.problem(row) is None]

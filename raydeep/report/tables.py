@@ -11,7 +11,7 @@ from raydeep.report.folder import Run, number, numbers
 from raydeep.tuning import TRAINING
 
 MOST_FAILURES = 50  # shown in full; the rest are counted
-MOST_TRIALS = 500  # in the table of what trials took
+MOST_TRIALS = 200  # in the table of what trials took
 MOST_ERROR_CHARS = 4000
 MODEL_COLUMNS = (
     *("test_accuracy", "val_accuracy", "bytes", "compression_ratio", "sparsity"),
@@ -72,7 +72,7 @@ def _setting(config: Any, key: str, nested: bool) -> str:
         if not isinstance(value, dict) or part not in value:
             return words.ABSENT
         value = value[part]
-    return words.setting(value)
+    return words.brief(value)
 
 
 def verification(run: Run) -> str:
@@ -127,7 +127,7 @@ def _failure(row: dict[str, Any]) -> dict[str, Any]:
     config = row["config"] if isinstance(row.get("config"), dict) else {}
     return {
         "trial": row["trial"],
-        "config": {key: words.setting(value) for key, value in config.items()},
+        "config": {key: words.brief(value) for key, value in config.items()},
         "error": error.splitlines()[-1] if error else f"no error was kept (status {row.get('status')})",
         "trace": error[-MOST_ERROR_CHARS:] if "\n" in error else "",
     }

@@ -63,6 +63,11 @@ def bits(value: Any) -> str:
     return "float" if found is None else f"{found:.3g}"
 
 
+def brief(value: Any) -> str:
+    """As `setting`, a drawn number with no more digits than a person reads: 0.03404."""
+    return f"{value:.4g}" if isinstance(value, float) else setting(value)
+
+
 def sentence(text: str) -> str:
     """A line as a sentence: a capital, a full stop."""
     return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}" if text else ""
