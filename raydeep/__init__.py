@@ -4,7 +4,7 @@ The command line calls these and nothing else:
 
 - `Job`, `load_job`: a job, made in Python or read from its file
 - `train`, `compress`, `search`: a job → a `Run`
-- `load`: a model folder → a torch module
+- `load`, `save`: a model folder → a torch module, and back
 - `predict`: a model folder and pictures → labels
 """
 
@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raydeep.api import compress, search, train
     from raydeep.config import Job, load_job
+    from raydeep.deploy.loading import load, save
     from raydeep.errors import RaydeepError
     from raydeep.run import Run
 
 __version__ = "0.1.0"
-__all__ = ["Job", "RaydeepError", "Run", "compress", "load_job", "search", "train"]
+__all__ = ["Job", "RaydeepError", "Run", "compress", "load", "load_job", "save", "search", "train"]
 
 _HOME = {
     **dict.fromkeys(("compress", "search", "train"), "raydeep.api"),
     **dict.fromkeys(("Job", "load_job"), "raydeep.config"),
+    **dict.fromkeys(("load", "save"), "raydeep.deploy.loading"),
     "RaydeepError": "raydeep.errors",
     "Run": "raydeep.run",
 }
