@@ -2,7 +2,7 @@
 PYTHON ?= python3
 READY := .venv/.installed
 
-.PHONY: demo test fast cluster lint docs bench-report soak mutation audit sbom clean
+.PHONY: demo test fast cluster slow lint docs bench-report soak mutation audit sbom clean
 
 demo: $(READY)
 	.venv/bin/raydeep search jobs/digits.yaml
@@ -13,7 +13,10 @@ fast: $(READY)
 	.venv/bin/python -m pytest
 
 cluster: $(READY)
-	.venv/bin/python -m pytest -m cluster
+	.venv/bin/python -m pytest -m "cluster and not slow"
+
+slow: $(READY)
+	.venv/bin/python -m pytest -m slow
 
 lint: $(READY)
 	.venv/bin/ruff check .

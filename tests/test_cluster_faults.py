@@ -39,6 +39,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(home: Path, w
     assert outcome.again < 60
 
 
+@pytest.mark.slow  # a driver killed within an epoch, streaming, is in test_cluster_data.py
 def test_a_killed_driver_and_a_damaged_checkpoint_cost_the_steps_since_the_one_before(
     home: Path, whole: faults.Training
 ) -> None:
@@ -47,6 +48,7 @@ def test_a_killed_driver_and_a_damaged_checkpoint_cost_the_steps_since_the_one_b
     assert 0 < outcome.again < 80
 
 
+@pytest.mark.slow
 def test_a_terminated_driver_loses_nothing(home: Path, whole: faults.Training) -> None:
     outcome = faults.driver_terminated(home, whole)
     assert outcome.weights == "bit-identical"
