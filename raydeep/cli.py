@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from raydeep import __version__, cli_cluster, cli_runs, mirror
+from raydeep import __version__, cli_cluster, cli_predict, cli_runs, mirror
 from raydeep.cli_cluster import AsJson, JobFile, Sets
 from raydeep.errors import RaydeepError, shown
 
@@ -215,29 +215,7 @@ for _door in (cli_runs.runs, cli_runs.show, cli_runs.report):
     app.command()(_door)
 
 
-@app.command()
-def predict(
-    model: Annotated[Path, typer.Argument(parser=_place, help="Model folder, for instance RUN/models/t012")],
-    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line")] = False,
-) -> None:
-    """Label pictures with an exported model."""
-    from raydeep.deploy.predict import predict as label
-
-    mirror.pull(model)
-    bad = 0
-    for row in label(model, images):
-        bad += row.error is not None
-        if as_json:
-            typer.echo(json.dumps(row._asdict()))
-        elif row.error is not None:
-            typer.echo(f"{shown(row.path)}\tcan't be read: {shown(row.error)}", err=True)
-        else:
-            typer.echo(f"{shown(row.path)}\t{shown(str(row.label))}\t{row.probability:.4f}")
-    if bad:
-        raise RaydeepError(f"{bad} of the pictures can't be read; the others are labelled")
-
-
+app.command()(cli_predict.predict)
 app.command()(cli_cluster.doctor)
 app.command()(cli_cluster.submit)
 

@@ -33,7 +33,7 @@ JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 ORDER = [
     "__init__", "errors", "own", "remote", "safeyaml", "fields", "recipe", "sections", "tuning", "config", "mirror",
     "lock", "run", "data", "model", "train", "compress", "deploy", "search", "report", "ops", "api", "cli_cluster",
-    "cli_runs", "cli",
+    "cli_predict", "cli_runs", "cli",
 ]  # fmt: skip
 MAX_LINES = 400
 
@@ -113,6 +113,7 @@ def test_few_modules_import_ray():
     users = {name(path) for path in MODULES if any(module.split(".")[0] == "ray" for _, module in imports(path))}
     assert users == {
         "raydeep/data/stream.py",
+        "raydeep/deploy/batch.py",
         "raydeep/ops/doctor.py",
         "raydeep/train/backend.py",
         "raydeep/train/cluster.py",

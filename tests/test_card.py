@@ -19,9 +19,10 @@ from huggingface_hub import ModelCardData
 from PIL import Image
 
 from raydeep.config import Data, Export, Job, parse_job
-from raydeep.deploy import card, predict, verify
+from raydeep.deploy import card, verify
 from raydeep.errors import JobError
 from raydeep.model import artifact
+from raydeep.ops.predicting import predict
 from raydeep.run import check_sums, json_bytes, read_json, write_bytes, write_summed, write_sums
 
 THREE = ("onnxruntime", "numpy", "pillow")
@@ -220,7 +221,7 @@ def label(python: list[str], folder: Path, picture: Path) -> str:
 
 
 def expected(folder: Path, picture: Path) -> str:
-    [row] = predict.predict(folder, [picture])
+    [row] = predict(folder, picture)
     assert row.error is None
     return f"{row.label} {row.probability:.4f}"
 

@@ -193,7 +193,7 @@ def test_a_folder_that_is_no_run_is_named(raydeep, tmp_path, arguments):
 
 def test_predict_needs_a_model_folder(raydeep, tmp_path):
     message = refusal(raydeep("predict", tmp_path, "picture.png"))
-    assert message == f"{tmp_path}: not a model folder (no model.onnx and spec.json); see RUN/models/"
+    assert message == f"{tmp_path}: not a model folder (no spec.json), nor a finished run; see RUN/models/"
 
 
 def test_a_user_who_stops_a_command_is_told_how_to_go_on(train, monkeypatch):

@@ -15,15 +15,14 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
-from PIL import Image
 
 from raydeep.compress import pack, plan
 from raydeep.config import Augment, Export, Job, Train
 from raydeep.data.augment import Augmenter, to_input
 from raydeep.data.batches import Batches
 from raydeep.data.resident import Dataset, Pixels
-from raydeep.deploy import export, gate, predict, runtimes, verify
-from raydeep.errors import ArtifactError, DataError, ExportError, ModelError
+from raydeep.deploy import export, gate, runtimes, verify
+from raydeep.errors import ArtifactError, ExportError
 from raydeep.model import artifact
 from raydeep.run import read_json, usable_cores, write_json
 from raydeep.train import losses
@@ -389,44 +388,3 @@ def test_a_file_that_is_no_onnx_is_an_export_error(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"not onnx")
     with pytest.raises(ArtifactError, match=r"model.onnx: not an ONNX file, or cut off"):
         runtimes.open_onnx(tmp_path / "model.onnx")
-
-
-# prediction
-
-
-def test_pictures_are_labelled_and_what_is_no_picture_is_reported(folder, exported, digits, tmp_path):
-    pictures = tmp_path / "pictures"
-    (pictures / "deep").mkdir(parents=True)
-    for i in range(3):
-        Image.fromarray(digits.test.images[i, :, :, 0]).save(pictures / f"{i}.png")
-    large = np.kron(digits.test.images[3, :, :, 0], np.ones((2, 2), np.uint8))
-    Image.fromarray(np.stack([large] * 3, 2)).save(pictures / "deep" / "3.png")  # RGB, of twice the size
-    (pictures / "1b.jpg").write_text("hello")
-    (pictures / "notes.txt").write_text("no picture, not listed")
-    found = list(predict.predict(folder, [pictures]))
-    assert [Path(p.path).name for p in found] == ["0.png", "1.png", "1b.jpg", "2.png", "3.png"]
-    logits = run(exported("W4A8").onnx, digits.test.images[:4]).astype(np.float64)
-    expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    for i, row in enumerate([p for p in found if p.label is not None]):
-        assert row.error is None
-        if i < 3:
-            assert row.label == digits.classes[expected[i].argmax()]
-            assert row.probability == pytest.approx(expected[i].max(), rel=1e-4)
-    assert (found[2].label, found[2].probability) == (None, 0.0)
-    assert "not a picture" in found[2].error
-
-
-def test_paths_that_do_not_exist_are_named(folder, tmp_path):
-    with pytest.raises(DataError, match=r"nowhere: no such picture or folder"):
-        list(predict.predict(folder, [tmp_path / "nowhere"]))
-
-
-def test_a_folder_without_pictures_is_named(folder, tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no pictures in .*empty"):
-        list(predict.predict(folder, [tmp_path / "empty"]))
-
-
-def test_a_folder_that_is_no_model_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="not a model folder"):
-        list(predict.predict(tmp_path, [tmp_path]))

@@ -184,9 +184,13 @@ def code(home: str, columns: list[Labels], names: list[str] | None) -> tuple[lis
 
 def _fits(value: Any, texts: bool) -> bool:
     if texts:
-        whole = isinstance(value, str) and value == value.encode("utf-8", "ignore").decode()  # no halves of characters
-        return whole and len(value.strip()) > 0 and len(value) <= MAX_LABEL
+        return isinstance(value, str) and is_name(value)
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can name a class: neither empty nor endless, and no halves of characters."""
+    return len(text.strip()) > 0 and len(text) <= MAX_LABEL and text == text.encode("utf-8", "ignore").decode()
 
 
 def _first(labels: Labels, wanted: list[int]) -> tuple[int, Any]:

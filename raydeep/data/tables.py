@@ -55,7 +55,7 @@ def parquet(cfg: Data) -> Source:
     away = [entry.path for entry in entries if entry.path in splits and entry.fault == AWAY]
     if away:
         raise files.leaves(away[0])
-    indexed = [_index(files, name, cfg) for name in splits]
+    indexed = [index_parquet(files, name, cfg) for name in splits]
     own = (
         rows_.parse_names(files.name("classes.json"), files.read("classes.json")) if "classes.json" in listed else None
     )
@@ -70,21 +70,23 @@ def parquet(cfg: Data) -> Source:
             Row(f"{printable(name)}#{i}", label, splits[name], (name, group, at), part.nbytes[group])
             for i, (label, group, at) in enumerate(facts)
         ]
-    return Source(classes, rows, partial(_read_parquet, files, cfg.image_column), _group)
+    return Source(classes, rows, partial(read_parquet, files, cfg.image_column), _group)
 
 
 def _group(row: Row) -> Hashable:
     return row.key[:2]
 
 
-class _Index(NamedTuple):
+class Index(NamedTuple):
+    """What the footer of a Parquet file and its label column tell."""
+
     labels: Labels
     sizes: list[int]  # rows of each row group
     nbytes: list[int]  # of one picture, about, in each row group
 
 
-def _index(files: Files, name: str, cfg: Data) -> _Index:
-    """What the footer of a file and its label column tell."""
+def index_parquet(files: Files, name: str, cfg: Data, labelled: bool = True) -> Index:
+    """The index of one file; unless it must be labelled, labels are absent where the column is."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -93,9 +95,10 @@ def _index(files: Files, name: str, cfg: Data) -> _Index:
         with files.open(name) as opened, pq.ParquetFile(opened) as parts:
             schema = parts.schema_arrow
             for key, column in (("image_column", cfg.image_column), ("label_column", cfg.label_column)):
-                if column not in schema.names:
+                if column not in schema.names and (labelled or key == "image_column"):
                     raise DataError(f"{where}: no column {column!r}, found {', '.join(schema.names)}; set data.{key}")
-            kind, label = schema.field(cfg.image_column).type, schema.field(cfg.label_column).type
+            kind = schema.field(cfg.image_column).type
+            label = schema.field(cfg.label_column).type if cfg.label_column in schema.names else None
             if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
                 kind = kind.field("bytes").type
             if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)):
@@ -109,6 +112,8 @@ def _index(files: Files, name: str, cfg: Data) -> _Index:
                 total = sum(c.total_uncompressed_size for c in chunks if _of(c.path_in_schema, cfg.image_column))
                 sizes.append(group.num_rows)
                 nbytes.append(total // max(group.num_rows, 1))
+        if label is None:
+            return Index(rows_.labels_of_list(str, [None] * sum(sizes)), sizes, nbytes)
         text = pa.types.is_string(label) or pa.types.is_large_string(label) or pa.types.is_binary(label)
         with files.open(name) as opened, pq.ParquetFile(opened, read_dictionary=[cfg.label_column] * text) as parts:
             labels = rows_.labels_of_arrow(
@@ -116,14 +121,15 @@ def _index(files: Files, name: str, cfg: Data) -> _Index:
             )
     except (OSError, ValueError, KeyError) as err:
         raise DataError(f"{where}: not readable as Parquet: {err}") from None
-    return _Index(labels, sizes, nbytes)
+    return Index(labels, sizes, nbytes)
 
 
 def _of(path: str, column: str) -> bool:
     return path == column or path.startswith(f"{column}.")
 
 
-def _read_parquet(files: Files, column: str, wanted: Iterable[Row]) -> Iterator[Picture]:
+def read_parquet(files: Files, column: str, wanted: Iterable[Row]) -> Iterator[Picture]:
+    """Pictures by file, row group and place in it (the rows' keys); a group is held until another one is asked for."""
     import pyarrow.parquet as pq
 
     opened: tuple[str, Any] | None = None
@@ -155,7 +161,7 @@ def _read_parquet(files: Files, column: str, wanted: Iterable[Row]) -> Iterator[
 # a folder of pictures and a table
 
 
-class _Table(NamedTuple):
+class Table(NamedTuple):
     """The columns of a label table, and what to call its rows."""
 
     where: str
@@ -179,7 +185,7 @@ def images(cfg: Data) -> Source:
     """
     files = open_files(cfg)
     entries = {entry.path: entry for entry in files.entries()}
-    table = _read_table(files, _table_name(files, cfg, list(entries)), cfg)
+    table = read_table(files, _table_name(files, cfg, list(entries)), cfg)
     given = table.columns[cfg.label_column]
     labels = rows_.labels_of_list(table.row, given)
     if table.text:
@@ -208,7 +214,7 @@ def images(cfg: Data) -> Source:
     return Source(classes, rows, partial(read_files, files))
 
 
-def _split(table: _Table, i: int, value: Any, cfg: Data) -> str:
+def _split(table: Table, i: int, value: Any, cfg: Data) -> str:
     word = value.strip() if isinstance(value, str) else value
     if word not in SPLITS:
         raise DataError(
@@ -234,53 +240,59 @@ def _table_name(files: Files, cfg: Data, listed: list[str]) -> str:
     return found[0]
 
 
-def _read_table(files: Files, name: str, cfg: Data) -> _Table:
+def read_table(files: Files, name: str, cfg: Data, labelled: bool = True) -> Table:
+    """The columns of a table that the job names; that of pictures must be there, and if `labelled` that of labels.
+
+    Raises:
+        DataError: it can't be read, lacks a column, or holds no rows.
+    """
     where = files.name(name)
     try:
         data = files.read(name)
     except OSError as err:
         raise DataError(f"data.labels: {where}: {err.strerror or err}; name an existing table") from None
     wanted = [cfg.image_column, cfg.label_column, cfg.split_column]
+    needed = wanted[: 1 + labelled]
     if name.lower().endswith(".parquet"):
-        table = _from_parquet(where, data, wanted)
+        table = _from_parquet(where, data, wanted, needed)
     else:
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as err:
             raise DataError(f"{where}: not UTF-8 text (byte {err.start}); save it as UTF-8") from None
         if name.lower().endswith(".jsonl"):
-            table = _from_jsonl(where, text, wanted)
+            table = _from_jsonl(where, text, wanted, needed)
         else:
-            table = _from_csv(where, text, wanted, "\t" if name.lower().endswith(".tsv") else ",")
+            table = _from_csv(where, text, wanted, needed, "\t" if name.lower().endswith(".tsv") else ",")
     if not table.numbers:
         raise DataError(f"{where}: holds no rows; give pictures")
     return table
 
 
-def _need(where: str, found: list[str], wanted: list[str]) -> None:
+def _need(where: str, found: list[str], needed: list[str]) -> None:
     """Refuse a table without the columns of pictures and labels."""
-    for key, column in zip(("image_column", "label_column"), wanted, strict=False):
+    for key, column in zip(("image_column", "label_column"), needed, strict=False):
         if column not in found:
             raise DataError(
                 f"{where}: no column {column!r}, found {', '.join(map(str, found)) or 'nothing'}; set data.{key}"
             )
 
 
-def _from_parquet(where: str, data: bytes, wanted: list[str]) -> _Table:
+def _from_parquet(where: str, data: bytes, wanted: list[str], needed: list[str]) -> Table:
     import pyarrow.parquet as pq
 
     try:
         parts = pq.ParquetFile(io.BytesIO(data))
         names = parts.schema_arrow.names
-        _need(where, names, wanted)
+        _need(where, names, needed)
         table = parts.read(columns=[name for name in wanted if name in names])
         columns = {name: table.column(name).to_pylist() for name in table.column_names}
     except (OSError, ValueError) as err:
         raise DataError(f"{where}: not readable as Parquet: {err}") from None
-    return _Table(where, "row", range(len(table)), columns, False)
+    return Table(where, "row", range(len(table)), columns, False)
 
 
-def _from_jsonl(where: str, text: str, wanted: list[str]) -> _Table:
+def _from_jsonl(where: str, text: str, wanted: list[str], needed: list[str]) -> Table:
     numbers: list[int] = []
     objects: list[dict[str, Any]] = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -292,19 +304,19 @@ def _from_jsonl(where: str, text: str, wanted: list[str]) -> _Table:
             raise DataError(f"{where} line {number}: not valid JSON: {err}") from None
         if not isinstance(value, dict):
             raise DataError(f"{where} line {number}: {line.strip()[:40]!r}; expected an object a line")
-        _need(f"{where} line {number}", list(value), wanted)
+        _need(f"{where} line {number}", list(value), needed)
         numbers.append(number)
         objects.append(value)
     split = wanted[2]
     names = wanted if any(split in value for value in objects) else wanted[:2]
-    return _Table(where, "line", numbers, {name: [value.get(name) for value in objects] for name in names}, False)
+    return Table(where, "line", numbers, {name: [value.get(name) for value in objects] for name in names}, False)
 
 
-def _from_csv(where: str, text: str, wanted: list[str], comma: str) -> _Table:
+def _from_csv(where: str, text: str, wanted: list[str], needed: list[str], comma: str) -> Table:
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=comma, strict=True)
     try:
         header = [name.strip() for name in next(lines, [])]
-        _need(where, header, wanted)
+        _need(where, header, needed)
         twice = [name for name in wanted if header.count(name) > 1]
         if twice:
             raise DataError(f"{where}: the column {twice[0]!r} stands there twice; rename one")
@@ -325,4 +337,4 @@ def _from_csv(where: str, text: str, wanted: list[str], comma: str) -> _Table:
             start = lines.line_num + 1
     except csv.Error as err:
         raise DataError(f"{where} line {lines.line_num}: not valid CSV: {err}") from None
-    return _Table(where, "line", numbers, columns, True)
+    return Table(where, "line", numbers, columns, True)

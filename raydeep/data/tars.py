@@ -64,11 +64,9 @@ def webdataset(cfg: Data) -> Source:
     faults = {entry.path: entry.fault for entry in entries}
     scanned = []
     for name, _ in tars:
-        if name.lower().endswith(COMPRESSED):
-            raise _compressed(files.name(name))
         if faults[name] == AWAY:
             raise files.leaves(name)
-        scanned.append(_scan(files, name, cfg.label_column))
+        scanned.append(scan(files, name, cfg.label_column))
     if not any(scanned):
         raise DataError(f"data.path: {files.name()}: no pictures found in its tar files")
     labelled = [[sample for sample in samples if sample.labelled] for samples in scanned]
@@ -89,10 +87,10 @@ def webdataset(cfg: Data) -> Source:
             key = (name, sample.offset, sample.why or sample.size)
             label = next(labels) if sample.labelled else 0  # of a refused picture: it is read by nobody
             rows.append(Row(printable(f"{name}#{sample.key}"), label, split, key, sample.size))
-    return Source(classes, rows, partial(_read_members, files))
+    return Source(classes, rows, partial(read_members, files))
 
 
-def _where(tar: str, samples: list[_Sample], i: int) -> str:
+def _where(tar: str, samples: list[Sample], i: int) -> str:
     return f"{tar} key {samples[i].key!r}"
 
 
@@ -104,7 +102,7 @@ def _compressed(where: str) -> DataError:
 
 
 @dataclass(slots=True)
-class _Sample:
+class Sample:
     """What a tar holds of one key."""
 
     key: str
@@ -130,10 +128,22 @@ class _Guarded:
         return cast("bytes", self.file.read(size))
 
 
-def _scan(files: Files, name: str, column: str) -> list[_Sample]:
-    """The samples of a tar, in the order of their first members."""
+def scan(files: Files, name: str, column: str, labelled: bool = True) -> list[Sample]:
+    """The samples of a tar that have a picture, in the order of their first members.
+
+    Args:
+        files: that hold it.
+        name: of the tar.
+        column: key of the label in a .json.
+        labelled: each must have a label; else those without say so (`Sample.labelled`).
+
+    Raises:
+        DataError: the tar is torn or compressed, or a sample is not as it should be.
+    """
+    if name.lower().endswith(COMPRESSED):
+        raise _compressed(files.name(name))
     where = files.name(name)
-    samples: dict[str, _Sample] = {}
+    samples: dict[str, Sample] = {}
     try:
         with files.open(name) as raw:
             file: BinaryIO = io.BufferedReader(_Raw(raw), READ_AHEAD_BYTES) if files.remote else raw
@@ -144,13 +154,13 @@ def _scan(files: Files, name: str, column: str) -> list[_Sample]:
     kept = []
     for sample in samples.values():
         if not sample.pictures:
-            if sample.labels:
+            if sample.labels and labelled:
                 raise DataError(
                     f"{where} key {sample.key!r}: found {', '.join(sample.labels)} and no picture; expected "
                     f"{sample.key}.jpg, .png or the like"
                 )
             continue
-        _label(where, sample, column)
+        _label(where, sample, column, labelled)
         kept.append(sample)
     return kept
 
@@ -207,7 +217,7 @@ def _members(where: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
             raise tarfile.ReadError("more data follows its end mark (joined tars?)")
 
 
-def _place(where: str, samples: dict[str, _Sample], member: tarfile.TarInfo, file: BinaryIO) -> None:
+def _place(where: str, samples: dict[str, Sample], member: tarfile.TarInfo, file: BinaryIO) -> None:
     """Put one member to its sample."""
     folder, base = posixpath.split(member.name)
     stem, _, extension = base.partition(".")
@@ -218,9 +228,9 @@ def _place(where: str, samples: dict[str, _Sample], member: tarfile.TarInfo, fil
     is_picture, is_label = kind in PICTURES, kind in LABELS
     if not is_picture and not is_label:
         if kind.rpartition(".")[2] in PICTURES:  # KEY.left.jpg: another view, if there is a KEY.jpg as well
-            samples.setdefault(key, _Sample(key)).labels.setdefault(extension, b"")
+            samples.setdefault(key, Sample(key)).labels.setdefault(extension, b"")
         return
-    sample = samples.setdefault(key, _Sample(key))
+    sample = samples.setdefault(key, Sample(key))
     why = _refused(member)
     if is_picture:
         sample.pictures.append(member.name)
@@ -251,7 +261,7 @@ def _refused(member: tarfile.TarInfo) -> str:
     return ""
 
 
-def _label(where: str, sample: _Sample, column: str) -> None:
+def _label(where: str, sample: Sample, column: str, needed: bool) -> None:
     """Read the label of a sample that has a picture."""
     found = sample.labels
     sample.labels = {}
@@ -262,6 +272,9 @@ def _label(where: str, sample: _Sample, column: str) -> None:
                 return
         if "json" in found:
             facts = json.loads(found["json"])
+            if not needed and isinstance(facts, dict) and column not in facts:
+                sample.labelled = False
+                return
             if not isinstance(facts, dict) or column not in facts:
                 has = ", ".join(facts) if isinstance(facts, dict) else "no object"
                 raise DataError(
@@ -271,7 +284,7 @@ def _label(where: str, sample: _Sample, column: str) -> None:
             return
     except (ValueError, RecursionError) as err:
         raise DataError(f"{where} key {sample.key!r}: its label is not readable: {err}") from None
-    if sample.why:
+    if sample.why or not needed:
         sample.labelled = False
         return
     raise DataError(
@@ -280,7 +293,8 @@ def _label(where: str, sample: _Sample, column: str) -> None:
     )
 
 
-def _read_members(files: Files, wanted: Iterable[Row]) -> Iterator[Picture]:
+def read_members(files: Files, wanted: Iterable[Row]) -> Iterator[Picture]:
+    """Pictures by tar, offset and size (the rows' keys)."""
     held: tuple[str, BinaryIO] | None = None
     try:
         for row in wanted:

@@ -1,18 +1,27 @@
-"""Labels pictures with an exported model: onnxruntime and the spec, no torch, no Ray."""
+"""Labels pictures with an exported model: onnxruntime and the spec, no torch, no Ray.
+
+N: pictures of a batch; K: classes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from raydeep.data import decode
-from raydeep.data.sources import SUFFIXES
-from raydeep.deploy.runtimes import open_onnx
+from raydeep.data.rows import Picture, Row, Source
+from raydeep.deploy import folder as folders
+from raydeep.deploy.runtimes import Run, checked, open_onnx
 from raydeep.errors import DataError, ModelError
-from raydeep.run import check_sums, read_json
+from raydeep.run import read_json
+
+BATCH = 32  # pictures that the network takes at once
 
 
 class Prediction(NamedTuple):
@@ -20,27 +29,63 @@ class Prediction(NamedTuple):
 
     path: str
     label: str | None
-    probability: float
+    probability: float  # of float32
     error: str | None = None
 
 
-def pictures(paths: list[Path]) -> list[Path]:
-    """The files named, and those in the folders named.
+class Batch(NamedTuple):
+    """What a network says of some rows of a source, in their order."""
 
-    Raises:
-        DataError: a path does not exist, or there is no picture at all.
-    """
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise DataError(f"{path}: no such picture or folder")
-    if not found:
-        raise DataError(f"no pictures in {', '.join(map(str, paths))}")
-    return found
+    rows: list[Row]
+    probabilities: np.ndarray  # float32 [N, K], NaN where a picture can't be read
+    errors: list[str | None]
+
+    def best(self) -> np.ndarray:
+        """The class of each row, int64 [N]; of several equal ones the first, 0 of a row that can't be read."""
+        return np.where(np.isnan(self.probabilities), -1, self.probabilities).argmax(1)
+
+
+class Model(NamedTuple):
+    """What labelling needs of a model folder."""
+
+    path: Path
+    classes: list[str]
+    shape: tuple[int, int, int]  # height, width, channels
+
+    @classmethod
+    def open(cls, model: str | Path) -> Model:
+        """Of a model folder, a run with one answer, or the address of either.
+
+        Raises:
+            ModelError: it is none, or a file is missing or changed.
+        """
+        path = folders.find(model)
+        if not (path / "model.onnx").is_file():
+            raise ModelError(f"{path}: not a model folder that can predict (no model.onnx); export the model again")
+        shape, classes = _spec(path)
+        return cls(path, classes, shape)
+
+    def onnx(self) -> bytes:
+        """Its ONNX file, checked (see runtimes.py)."""
+        return checked(self.path / "model.onnx")
+
+    def run(self) -> Run:
+        """Its network on one thread.
+
+        Raises:
+            ArtifactError: the ONNX file is broken.
+            ModelError: it takes or gives something else than the spec says.
+        """
+        run = open_onnx(self.path / "model.onnx")
+        try:
+            found = run(np.zeros((1, *self.shape), np.uint8)).shape
+        except Exception as err:  # onnxruntime's own kinds share no public base
+            raise ModelError(f"{self.path}: model.onnx does not take what spec.json says: {err}") from None
+        if found != (1, len(self.classes)):
+            raise ModelError(
+                f"{self.path}: model.onnx gives {list(found)}, spec.json names {len(self.classes)} classes"
+            )
+        return run
 
 
 def _spec(folder: Path) -> tuple[tuple[int, int, int], list[str]]:
@@ -57,41 +102,115 @@ def _spec(folder: Path) -> tuple[tuple[int, int, int], list[str]]:
     return (height, width, channels), classes
 
 
-def predict(folder: Path, paths: list[Path]) -> Iterator[Prediction]:
-    """Label pictures; one that can't be read is reported in its row, the others go on.
-
-    Args:
-        folder: a model folder.
-        paths: pictures and folders of pictures.
+def pixels(picture: Picture, shape: tuple[int, int, int], max_pixels: int = decode.MAX_PIXELS) -> np.ndarray:
+    """Any picture as the network takes it: uint8 of that shape, [height, width, channels].
 
     Raises:
-        ModelError: the folder is no model.
+        DataError: it can't be read, or has another size than a network takes whose pictures are not square.
     """
-    if not (folder / "model.onnx").is_file() or not (folder / "spec.json").is_file():
-        raise ModelError(f"{folder}: not a model folder (no model.onnx and spec.json); see RUN/models/")
-    check_sums(folder)
-    (height, width, channels), classes = _spec(folder)
-    run = open_onnx(folder / "model.onnx")
-    try:
-        found = run(np.zeros((1, height, width, channels), np.uint8)).shape
-    except Exception as err:  # onnxruntime's own kinds share no public base
-        raise ModelError(f"{folder}: model.onnx does not take what spec.json says: {err}") from None
-    if found != (1, len(classes)):
-        raise ModelError(f"{folder}: model.onnx gives {list(found)}, spec.json names {len(classes)} classes")
-    for path in pictures(paths):
-        try:
-            with path.open("rb") as file:
-                picture = decode.open_picture(decode.read_file(file))
-        except (DataError, OSError) as err:
-            yield Prediction(str(path), None, 0.0, str(err))
-            continue
-        pixels = decode.to_pixels(picture, "grey" if channels == 1 else "rgb", height if height == width else None)
-        if pixels.shape != (height, width, channels):  # pictures that are not square are never scaled
-            size = f"{pixels.shape[0]}×{pixels.shape[1]} pixels, the model takes {height}×{width}"
-            yield Prediction(str(path), None, 0.0, size)
-            continue
-        logits = run(pixels[None])[0].astype(np.float64)
-        probabilities = np.exp(logits - logits.max())
-        probabilities /= probabilities.sum()
-        best = int(probabilities.argmax())
-        yield Prediction(str(path), classes[best], float(probabilities[best]))
+    if isinstance(picture, DataError):
+        raise picture
+    if isinstance(picture, np.ndarray):
+        image = Image.fromarray(picture.squeeze(-1) if picture.shape[2:] == (1,) else picture)
+    else:
+        image = decode.open_picture(picture, max_pixels)
+    height, width, channels = shape
+    found = decode.to_pixels(image, "grey" if channels == 1 else "rgb", height if height == width else None)
+    if found.shape != shape:  # pictures that are not square are never scaled
+        raise DataError(f"{found.shape[0]}×{found.shape[1]} pixels, the model takes {height}×{width}")
+    return found
+
+
+def label(
+    run: Run, model: Model, rows: Iterable[Row], pictures: Iterator[Picture], batch_size: int, max_pixels: int
+) -> Iterator[Batch]:
+    """Batches of so many rows, the last one perhaps of fewer; what can't be read has an error, the others go on.
+
+    What a picture gets depends on its batch in the last bit at most: the same rows and batch size give the same bits.
+    One batch of decoded pictures and one encoded picture are held.
+
+    Args:
+        run: the network.
+        model: its classes and shape.
+        rows: of a source.
+        pictures: theirs, in the same order.
+        batch_size: N.
+        max_pixels: of one picture.
+    """
+    left = iter(rows)
+    while some := list(islice(left, batch_size)):
+        good: list[np.ndarray] = []
+        errors: list[str | None] = []
+        for _ in some:
+            picture = next(pictures)  # a source that can't be read any more raises: that is not this picture's fault
+            try:
+                good.append(pixels(picture, model.shape, max_pixels))
+                errors.append(None)
+            except DataError as err:
+                errors.append(str(err))
+        probabilities = np.full((len(some), len(model.classes)), np.nan, np.float32)
+        if good:
+            logits = run(np.stack(good))
+            if not np.isfinite(logits).all():
+                raise ModelError(f"{model.path}: the network's outputs are not all finite numbers: there is no class")
+            probabilities[[error is None for error in errors]] = softmax(logits)
+        yield Batch(some, probabilities, errors)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Float32 logits [N, K] → probabilities, computed in float64 and rounded to float32."""
+    odds = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    return (odds / odds.sum(1, keepdims=True)).astype(np.float32)
+
+
+class Reader:
+    """Reads rows of a source, some at a time, with what the source holds (an open file, a row group) kept between."""
+
+    def __init__(self, source: Source) -> None:
+        self._read, self._blocks = source.read, source.block is not None
+        self._asked: deque[Row] = deque()
+        self._stream: Iterator[Picture] | None = None
+
+    def __call__(self, rows: Iterable[Row]) -> Iterator[Picture]:
+        """The pictures of rows, in order."""
+        if not self._blocks:
+            yield from self._read(rows)
+            return
+        for row in rows:
+            self._asked.append(row)
+            self._stream = self._stream or self._read(self._feed())
+            try:
+                picture = next(self._stream)
+            except BaseException:
+                self._stream = None
+                raise
+            yield picture
+
+    def _feed(self) -> Iterator[Row]:
+        while True:
+            yield self._asked.popleft()  # a source with blocks asks for a row when it has given the one before
+
+
+def predict(
+    model: Model, source: Source, batch_size: int = BATCH, max_pixels: int = decode.MAX_PIXELS
+) -> Iterator[Prediction]:
+    """Label the pictures of a source in this process, in their order.
+
+    Args:
+        model: an opened model.
+        source: see data.unlabelled.open_pictures.
+        batch_size: pictures that the network takes at once.
+        max_pixels: of one picture.
+
+    Raises:
+        DataError: the source can't be read any more.
+        ModelError: the ONNX file is broken, is not what the spec says, or gives no finite numbers.
+    """
+    run = model.run()
+    for batch in label(run, model, source.rows, source.read(source.rows), batch_size, max_pixels):
+        best = batch.best()
+        for i, (row, error) in enumerate(zip(batch.rows, batch.errors, strict=True)):
+            if error is None:
+                yield Prediction(row.origin, model.classes[best[i]], float(batch.probabilities[i, best[i]]))
+            else:
+                yield Prediction(row.origin, None, 0.0, error)
