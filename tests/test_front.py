@@ -46,3 +46,20 @@ def test_the_best_under_each_constraint_are_there(exported):
 def test_one_objective_has_one_model_and_a_search_without_trials_none(exported):
     assert exported(POINTS, 8, objectives=["accuracy"])[0] == ["t000"]
     assert exported([], 8) == ([], {})
+
+
+def test_close_to_the_dense_model_is_the_cheapest_by_what_the_search_asks_for(tmp_path):
+    write_json(tmp_path / "provenance.json", {"reference": {"val_accuracy": 0.95}})
+    rows = [
+        {"trial": i, "val_accuracy": a, "bytes": b, "macs": m}
+        for i, (a, b, m) in enumerate([(0.96, 300, 9000), (0.945, 900, 400), (0.5, 500, 100)])
+    ]
+    for objectives, kept in ((["accuracy", "macs"], "t001"), (["accuracy", "bytes"], "t000")):
+        job = Job(search=Search(objectives=objectives), export=Export(max_models=1))
+        chosen, _ = front._front(Run(tmp_path, job), rows)
+        assert kept in [f"t{row['trial']:03d}" for row in chosen]
+    models = [{**row, "label": f"t{row['trial']:03d}", "test_accuracy": 0.9, "compression_ratio": 2.0, "latency_ratio": 1.0}
+              for row in rows]  # fmt: skip
+    told = {"dense": {"val_accuracy": 0.95, "test_accuracy": 0.95}, "models": models}
+    assert front.verdict(told | {"objectives": {"accuracy": "max", "macs": "min"}}).startswith("t001:")
+    assert front.verdict(told | {"objectives": {"accuracy": "max", "bytes": "min"}}).startswith("t000:")

@@ -1,21 +1,21 @@
 """The report as people meet it: in a real Chromium, with mouse, keyboard, a phone's width, dark and on paper.
 
-One browser serves the module. Its driver is the system's: selenium is never let look for one.
+One browser serves the module.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import browsers
 import pytest
+from browsers import chromium, needs_chromium
 from runfolders import CLASSES, FAILED, PICTURE, TRIALS, Page, dump, make_run
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -23,13 +23,9 @@ from selenium.webdriver.support.ui import Select
 
 from raydeep.report.page import write_report
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="chromium and its chromedriver are not both installed"
-)
+pytestmark = needs_chromium
 
-WIDE, NARROW = (1200, 900), (390, 800)
-FLAGS = "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars"
+WIDE, NARROW, A4 = 1200, 390, 688  # pixels; of A4 those between the margins
 
 
 class Browser:
@@ -39,13 +35,9 @@ class Browser:
         self.driver, self.address = driver, page.as_uri()
         self.data = Page(page).data
 
-    def look(self, size: tuple[int, int] = WIDE, scheme: str = "light", media: str = "") -> None:
-        """Go on with the page in other circumstances, which it hears of as it would from a person's device."""
-        width, height = size
-        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.cdp("Emulation.setEmulatedMedia", media=media, features=features)
-        self.settle()
+    def look(self, width: int = WIDE, scheme: str = "light", media: str = "") -> None:
+        """Go on with the page in other circumstances."""
+        browsers.look(self.driver, width, scheme, media)
 
     def settle(self) -> None:
         """Let the page draw what changed."""
@@ -111,25 +103,14 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    patch = pytest.MonkeyPatch()
-    patch.setenv("SE_OFFLINE", "true")
     folder = tmp_path_factory.mktemp("report")
     page = write_report(make_run(folder / "run", classes=["</script><b>", *CLASSES[1:]]))
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for flag in [*FLAGS.split(), f"--user-data-dir={folder / 'profile'}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(executable_path=str(DRIVER)))
-    try:
+    with chromium(folder / "profile") as driver:
         browser = Browser(driver, page)
         browser.look()
         driver.get(browser.address)
         yield browser
         assert driver.get_log("browser") == []  # after all that the tests did
-    finally:
-        driver.quit()
-        patch.undo()
 
 
 @pytest.fixture
@@ -366,7 +347,7 @@ return [document.documentElement.scrollWidth - width,
 
 
 def test_a_phone_scrolls_one_way(wide: Browser) -> None:
-    wide.look(size=NARROW)
+    wide.look(NARROW)
     assert wide.js(WIDER) == [0, []]
     rows = wide.js("return [...document.querySelectorAll('#trials tr')].map((row) => row.offsetHeight)")
     assert max(rows) < 80  # columns are not squeezed, they scroll
@@ -374,7 +355,7 @@ def test_a_phone_scrolls_one_way(wide: Browser) -> None:
         "const box = document.getElementById('parallel').parentNode; return [box.scrollWidth, box.clientWidth]"
     )
     assert inner > outer
-    assert wide.js("return document.querySelector('#plot-front .main-svg').clientWidth") <= NARROW[0]
+    assert wide.js("return document.querySelector('#plot-front .main-svg').clientWidth") <= NARROW
 
 
 def test_a_reader_of_the_screen_finds_its_way(wide: Browser) -> None:
@@ -398,13 +379,10 @@ def test_a_reader_of_the_screen_finds_its_way(wide: Browser) -> None:
     assert "true 8, taken for 1, 98%" in [alt for _, alt in pictures]
 
 
-A4 = (688, 1000)  # pixels between the margins
-
-
 def test_paper_shows_every_section_in_light_colours(wide: Browser) -> None:
     wide.look(scheme="dark")
     wide.js("window.dispatchEvent(new Event('beforeprint'))")  # comes while the page is still on the screen
-    wide.look(size=A4, scheme="dark", media="print")
+    wide.look(A4, scheme="dark", media="print")
     ticks = "return getComputedStyle(document.querySelector('#plot-front .xtick text')).fill"
     shown = wide.js(
         "return [...document.querySelectorAll('section, .plot, svg')].map((node) => node.clientHeight > 20)"

@@ -83,10 +83,10 @@ def _of_measure(
     cut = share and measure["first"] is not None and low < measure["first"] < high
     low = measure["first"] if cut else low
     say = {"bytes": words.size, "macs": words.count, "latency_ms": lambda v: f"{v:.3g}\u00a0ms"}.get(name)
-    say = say or (lambda v: words.percent(v, 0 if high - low > 0.04 else 1))
-    ticks = [
-        (place(v, low, high, not share), say(v).replace(".0\u00a0", "\u00a0")) for v in steps(low, high, not share)
-    ]
+    marks = steps(low, high, not share)
+    digits = 0 if all(abs(100 * v - round(100 * v)) < 1e-6 for v in marks) else 1
+    say = say or (lambda v: words.percent(v, digits))
+    ticks = [(place(v, low, high, not share), say(v).replace(".0\u00a0", "\u00a0")) for v in marks]
     if cut:
         ticks = [(0.0, f"< {words.percent(low)}"), *(tick for tick in ticks if tick[0] > 0.08)]
     at = [None if value is None else place(max(value, low), low, high, not share) for value in values]
