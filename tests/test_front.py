@@ -58,8 +58,8 @@ def test_close_to_the_dense_model_is_the_cheapest_by_what_the_search_asks_for(tm
         job = Job(search=Search(objectives=objectives), export=Export(max_models=1))
         chosen, _ = front._front(Run(tmp_path, job), rows)
         assert kept in [f"t{row['trial']:03d}" for row in chosen]
-    models = [{**row, "label": f"t{row['trial']:03d}", "test_accuracy": 0.9, "compression_ratio": 2.0, "latency_ratio": 1.0}
-              for row in rows]  # fmt: skip
+    measured = {"test_accuracy": 0.9, "compression_ratio": 2.0, "latency_ratio": 1.0}
+    models = [row | measured | {"label": f"t{row['trial']:03d}"} for row in rows]
     told = {"dense": {"val_accuracy": 0.95, "test_accuracy": 0.95}, "models": models}
     assert front.verdict(told | {"objectives": {"accuracy": "max", "macs": "min"}}).startswith("t001:")
     assert front.verdict(told | {"objectives": {"accuracy": "max", "bytes": "min"}}).startswith("t000:")
