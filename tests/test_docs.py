@@ -105,8 +105,7 @@ def page_id(page: str) -> str:
 def test_every_block_is_of_a_kind_that_is_tested(page: str) -> None:
     text = (ROOT / page).read_text()
     assert len(blocks(page)) * 2 == len(re.findall(r"^[ ]*```", text, re.MULTILINE)), "a fence that is not closed"
-    output = {""} if page == "README.md" else set()
-    assert {kind for kind, _ in blocks(page)} <= KINDS | output
+    assert {kind for kind, _ in blocks(page)} <= KINDS
 
 
 def test_every_page_is_tested() -> None:
