@@ -263,6 +263,9 @@ def test_pages_whose_commands_need_ray(
     assert len(place.play(page)) == pieces(page)
     if page in ("docs/artifacts.md", "docs/search.md"):  # a run of a training, one of a search
         assert undocumented(Path(place.run)) == set()
+    if page == "docs/artifacts.md":
+        columns = pq.read_schema(tmp_path / "predictions.parquet").names
+        assert [name for name in columns if f"`{name}`" not in (ROOT / page).read_text()] == []
 
 
 def undocumented(run: Path) -> set[str]:
