@@ -18,16 +18,18 @@ if TYPE_CHECKING:
     from raydeep.config import Job, load_job
     from raydeep.deploy.loading import load, save
     from raydeep.errors import RaydeepError
+    from raydeep.ops.predicting import predict
     from raydeep.run import Run
 
 __version__ = "0.1.0"
-__all__ = ["Job", "RaydeepError", "Run", "compress", "load", "load_job", "save", "search", "train"]
+__all__ = ["Job", "RaydeepError", "Run", "compress", "load", "load_job", "predict", "save", "search", "train"]
 
 _HOME = {
     **dict.fromkeys(("compress", "search", "train"), "raydeep.api"),
     **dict.fromkeys(("Job", "load_job"), "raydeep.config"),
     **dict.fromkeys(("load", "save"), "raydeep.deploy.loading"),
     "RaydeepError": "raydeep.errors",
+    "predict": "raydeep.ops.predicting",
     "Run": "raydeep.run",
 }
 # Packages of the same names stand beside three functions. Python sets a package as an attribute here when it is first
