@@ -101,7 +101,7 @@ def _block(row: Row) -> Hashable:
 def _open(text: str, names: Names, cfg: Data, split: str | None) -> Iterator[Source]:
     """The sources that one text stands for."""
     path = Path(text).expanduser()
-    if SCHEME.match(text) is None and os.path.lexists(path):
+    if SCHEME.match(text) is None and _there(path):
         yield from _local(path, names, cfg, split)
     elif text in ("digits", "synthetic") or text.startswith(TORCHVISION) or own.NAME.fullmatch(text):
         whole = open_source(cfg.model_copy(update={"source": text}))
@@ -117,6 +117,17 @@ def _open(text: str, names: Names, cfg: Data, split: str | None) -> Iterator[Sou
             yield from _local(Path(one), names, cfg, split)
     else:
         raise DataError(f"{text}: no such picture or folder")
+
+
+def _there(path: Path) -> bool:
+    """Whether there is anything of this name; one that can't be looked at, or be a name at all, raises OSError."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except ValueError:  # a NUL
+        return False
+    return True
 
 
 def _local(path: Path, names: Names, cfg: Data, split: str | None) -> Iterator[Source]:
