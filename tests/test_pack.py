@@ -346,6 +346,7 @@ def test_a_spec_that_would_not_be_read_again_is_not_written(monkeypatch):
     monkeypatch.setattr(pack, "MAX_HEADER_BYTES", 100)
     with pytest.raises(ModelError, match="the model's spec and table take 113 bytes, at most 100 are read"):
         pack.pack({"classes": "x" * 94}, {})
+    assert pack.unpack(pack.pack({"classes": "x" * 81}, {}))[0] == {"classes": "x" * 81}  # 100 bytes
 
 
 def entropy_bytes(flat: np.ndarray) -> float:
@@ -396,3 +397,19 @@ def test_clustered_floats_cost_little_more_than_the_entropy_of_their_indexes():
 def test_a_small_quantized_network_has_little_overhead():
     spec, tensors = quantized()
     assert pack.overhead(pack.pack(spec, tensors)) < 100
+
+
+def test_one_value_among_zeros_is_told_by_its_place():
+    for dtype, most in ((np.int8, 8), (np.float32, 10)):
+        values = np.zeros(400, dtype)
+        values[7] = 3
+        codec, blob = pack._encode(torch.from_numpy(values), None)
+        assert codec == "sparse"
+        assert len(blob) <= most
+
+
+def test_streams_end_with_no_more_bytes_than_they_need():
+    rng = np.random.default_rng(0)
+    drawn = [rng.integers(-3, 4, count) * (rng.random(count) < 0.3) for count in range(1, 300)]
+    blobs = [pack._encode(torch.from_numpy(values.astype(np.int8)), None)[1] for values in drawn]
+    assert sum(map(len, blobs)) <= 9986

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -39,15 +38,16 @@ def function(name: str) -> str:
     return re.sub(r"^.*\.x(?:_|ǁ)|__mutmut_\d+$", "", name).replace("ǁ", ".")
 
 
-def survivors(names: list[str]) -> dict[str, str]:
-    """Mutant → the row that explains it."""
-    found = {}
+def rows(file: Path, names: list[str]) -> list[str]:
+    """The table rows of mutants of a mutated file: in which function, and what was changed."""
+    parts = re.split(r"^ *def (x\S+?__mutmut_\w+)(?=\()", file.read_text(), flags=re.MULTILINE)
+    bodies = dict(zip(parts[1::2], (part.splitlines() for part in parts[2::2]), strict=True))
+    found = []
     for name in names:
-        said = subprocess.run(
-            [str(Path(sys.executable).parent / "mutmut"), "show", name], capture_output=True, text=True, check=True
-        ).stdout  # fmt: skip
-        old, new = ("".join(re.findall(rf"^\{sign}(?!\{sign}{{2}})(.*)$", said, re.MULTILINE)) for sign in "-+")
-        found[name] = f"| {function(name)} | {change(old, new)} |"
+        short = name.rpartition(".")[2]
+        old, new = bodies[re.sub(r"\d+$", "orig", short)], bodies[short]
+        changed = next((a, b) for a, b in zip(old, new, strict=False) if a != b)
+        found.append(f"| {function(name)} | {change(*changed)} |")
     return found
 
 
@@ -66,9 +66,9 @@ def main() -> int:
         name = file.relative_to(MUTANTS).with_suffix("")
         print(f"| {name} | {' | '.join(map(str, told))} | {caught / len(codes):.1%} |")
         if count:
-            print(f"unclear: {dict(count)}")
-        alive = [name for name, code in codes.items() if STATUS.get(code) not in ("killed", "timeout")]
-        unexplained += [row for row in survivors(alive).values() if row not in explained]
+            unexplained.append(f"{name}: neither killed nor survived: {dict(count)}")
+        alive = [name for name, code in codes.items() if STATUS.get(code) in ("survived", "no tests")]
+        unexplained += [row for row in rows(file.with_suffix(""), alive) if row not in explained]
     for row in unexplained:
         print(row)
     print(f"{len(unexplained)} survivors that {HERE / 'README.md'} does not explain")
