@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import sys
 import tempfile
@@ -75,7 +76,8 @@ def predict(
     target = None if out is None else _target(out, force)
     opened = here.Model.open(model)
     texts = [source] if isinstance(source, (str, Path)) else source
-    pictures = open_pictures([str(text) for text in texts], opened.classes, job.data, split)
+    names = [str(text) if target is None else _absolute(str(text)) for text in texts]
+    pictures = open_pictures(names, opened.classes, job.data, split)
     size = batch_size or here.BATCH
     if target is None:
         return here.predict(opened, pictures, size, job.data.max_pixels)
@@ -95,6 +97,12 @@ def predict(
     log.unlink(missing_ok=True)
     log.parent.rmdir()
     return found
+
+
+def _absolute(text: str) -> str:
+    """A local path as processes see it that do not run in this folder; all else as it is."""
+    path = Path(text).expanduser()
+    return str(path.absolute()) if os.path.lexists(path) or (glob.has_magic(text) and "://" not in text) else text
 
 
 @contextmanager
