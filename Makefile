@@ -2,7 +2,7 @@
 PYTHON ?= python3
 READY := .venv/.installed
 
-.PHONY: demo test fast cluster slow lint docs bench-report soak mutation audit sbom clean
+.PHONY: demo test fast cluster slow coverage lint docs bench-report soak mutation audit sbom clean
 
 demo: $(READY)
 	.venv/bin/raydeep search jobs/digits.yaml
@@ -17,6 +17,15 @@ cluster: $(READY)
 
 slow: $(READY)
 	.venv/bin/python -m pytest -m slow
+
+# Of the fast tests: what runs in Ray's workers is measured by `make cluster` alone, in other processes.
+coverage: $(READY)
+	.venv/bin/coverage erase
+	.venv/bin/coverage run -m pytest
+	.venv/bin/coverage combine --quiet
+	@mkdir -p dist
+	.venv/bin/coverage json --quiet -o dist/coverage.json
+	.venv/bin/python tests/coverage_table.py dist/coverage.json
 
 lint: $(READY)
 	.venv/bin/ruff check .

@@ -114,9 +114,10 @@ def search(
 def _search(job: Job, run: Run | None, start: Place | None, command: session.Command, ui: Ui) -> Run:
     with ExitStack() as outer:
         with ExitStack() as stack:
-            opened = session.open_session(stack, job, run, command, ui)
-            if start is not None:
-                session.take_dense(opened, start.path if isinstance(start, Run) else mirror.place(start, "address"))
+            dense_of = start.path if isinstance(start, Run) else mirror.place(start, "address") if start else None
+            opened = session.open_session(stack, job, run, command, ui, dense_of)
+            if dense_of is not None:
+                session.take_dense(opened, dense_of)
             dense = session.train_dense(opened)
             trackers = outer.enter_context(searching.tracking(job, opened.run, ui))
             done = searching.search(

@@ -1,15 +1,16 @@
 """The errors that a user can mend. Everything else is a bug and keeps its traceback."""
 
+SPACES = "\u00a0\u202f"  # that keep a number and its unit on one line
+
 
 def shown(text: str, lines: bool = False) -> str:
     """A text that others had a part in (a name, a label), for a terminal: what would steer it is escaped.
 
     `lines`: line breaks before an indent stay; a name holds none that would pass for a line of ours.
     """
-    parts = text.split("\n  ") if lines else [text]
-    return "\n  ".join(
-        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in part) for part in parts
-    )
+    if lines:
+        return "\n  ".join(map(shown, text.split("\n  ")))
+    return "".join(c if c.isprintable() or c in SPACES else c.encode("unicode_escape").decode() for c in text)
 
 
 class RaydeepError(Exception):

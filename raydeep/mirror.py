@@ -49,13 +49,23 @@ def place(text: str | Path, what: str = "storage") -> Path:
         what: the job's key or the option that it stands in, for errors.
 
     Raises:
-        RaydeepError: an address that can't be stored to.
+        RaydeepError: an address that can't be stored to, or no path.
     """
     if not isinstance(text, str) or not remote.is_address(text):
-        return Path(text)
+        if "\0" in str(text):
+            raise RaydeepError(f"{what}: {text}: no path has a NUL in it; name another folder")
+        path = os.path.expanduser(text)
+        if path[:1] == "~" and not os.path.lexists(path):
+            raise RaydeepError(f"{what}: {text}: there is no such home; for a folder of that name write ./{text}")
+        return Path(path)
     found = remote.check(text, what)
     head = f"{found.scheme}?{found.options}" if found.options else found.scheme
     return cache().joinpath(urllib.parse.quote(head, safe=""), found.bucket, *found.key.split("/"))
+
+
+def real(path: Path) -> Path:
+    """A path without links and dots; one whose links go in a circle as far as it can be followed: it is not there."""
+    return Path(os.path.realpath(path))
 
 
 def address(path: Path) -> remote.Address | None:

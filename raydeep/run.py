@@ -176,16 +176,16 @@ def storage_folder(job: Job) -> Path:
     Raises:
         RaydeepError: it would lie where Ray unpacks a submitted job, which it removes after the job.
     """
-    path, here = mirror.place(job.storage).expanduser(), Path.cwd()
+    path, here = mirror.place(job.storage), Path.cwd()
     base = os.environ.get("RAYDEEP_STORAGE")
     if base:
-        path = mirror.place(base, "RAYDEEP_STORAGE").expanduser() / path
+        path = mirror.place(base, "RAYDEEP_STORAGE") / path
     if not path.is_absolute() and any(part.startswith("_ray_pkg_") for part in here.parts):
         raise RaydeepError(
             f"storage {job.storage}: below this job's working directory, which Ray removes after the job; set "
             f"storage=/FOLDER to one that all nodes share, or RAYDEEP_STORAGE in the environment of the cluster"
         )
-    return path.resolve()
+    return mirror.real(path)
 
 
 class Run:
@@ -227,7 +227,7 @@ class Run:
         Raises:
             RaydeepError: if the folder is no run.
         """
-        path = mirror.place(path, "RUN").expanduser().resolve()
+        path = mirror.real(mirror.place(path, "RUN"))
         fetch_light(path)
         if not (path / "job.yaml").is_file():
             raise RaydeepError(f"{path}: not a run folder (no job.yaml); give the folder that a command printed")

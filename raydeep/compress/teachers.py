@@ -37,7 +37,7 @@ def load(cfg: Distill, spec: dict[str, Any]) -> nn.Module | None:
     if cfg.teacher.startswith(TORCHVISION):
         net, theirs = _torchvision(cfg.teacher.removeprefix(TORCHVISION), where)
     else:
-        folder = artifact.dense_folder(mirror.place(cfg.teacher, "distill.teacher").expanduser())
+        folder = artifact.dense_folder(mirror.place(cfg.teacher, "distill.teacher"))
         if not (folder / "spec.json").is_file():
             raise ModelError(
                 f"{where}: neither a run with models/dense nor a model folder; expected dense, ema, the folder of one, "

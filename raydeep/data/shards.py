@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -170,8 +171,8 @@ def _contradiction(m: Manifest) -> str | None:
 
 def dataset_folder(cfg: Data, storage: Path) -> Path:
     """Where the shards of a job's source stand: its own path if that is a dataset, else a folder in storage."""
-    if cfg.path and "://" not in cfg.path and (Path(cfg.path).expanduser() / "dataset.json").is_file():
-        return Path(cfg.path).expanduser().resolve()
+    if cfg.path and "://" not in cfg.path and (Path(os.path.expanduser(cfg.path)) / "dataset.json").is_file():
+        return mirror.real(Path(os.path.expanduser(cfg.path)))
     if cfg.path and cfg.path.split("://")[0].lower() in remote.SCHEMES:
         with suppress(OSError):
             Files(cfg.path).read("dataset.json")

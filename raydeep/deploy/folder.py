@@ -20,7 +20,7 @@ def find(model: str | Path) -> Path:
         ModelError: it is neither, the run has no one answer, or a file is missing or changed.
         RaydeepError: the address is none, or can't be read.
     """
-    path = mirror.place(model, "MODEL").expanduser()
+    path = mirror.place(model, "MODEL")
     mirror.pull(path, lambda name: "/" not in name)
     if not (path / "spec.json").is_file() and (path / "front.json").is_file():
         path = path / "models" / _answer(path)

@@ -30,6 +30,7 @@ __all__ = [
 ]  # fmt: skip
 
 SPEC_VERSION = 1
+KEYS = {"version", "model", "classes", "input", "mean", "std", "folded", "layers"}  # of every spec
 Tensors = dict[str, torch.Tensor]
 
 
@@ -301,6 +302,8 @@ def load_model(folder: Path) -> tuple[dict[str, Any], Tensors]:
         ModelError: a part is missing or broken.
     """
     spec = read_json(folder / "spec.json")
+    if not isinstance(spec, dict) or not spec.keys() >= KEYS:
+        raise ModelError(f"{folder}/spec.json: not the spec of a model; export the model again")
     try:
         return spec, load_tensors((folder / "model.safetensors").read_bytes())
     except (OSError, SafetensorError, json.JSONDecodeError) as err:

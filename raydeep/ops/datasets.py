@@ -130,7 +130,7 @@ def shard(job: Job, out: Path, workers: int | None, ui: Ui) -> Manifest:
     with ui.stage("shard") as stage:
         if mirror.address(out) is not None and mirror.exists(out / "dataset.json"):
             raise DataError(f"{mirror.name(out)}: exists; name a new folder or remove it")
-        run = _runner(job, workers, out.resolve().parent)
+        run = _runner(job, workers, mirror.real(out).parent)
         manifest = shards.write_dataset(job.data, out, rate(stage), run)
         mirror.push_folder(out, last="dataset.json")
         rows = ", ".join(f"{manifest.rows(split):,} {split}" for split in manifest.splits)

@@ -58,7 +58,7 @@ class Row:
 
 def storage(text: str | None) -> Path:
     """The folder that runs are listed of: a path, the one that stands for an address, or where jobs keep theirs."""
-    return storage_folder(Job()) if text is None else mirror.place(text, "STORAGE").expanduser().resolve()
+    return storage_folder(Job()) if text is None else mirror.real(mirror.place(text, "STORAGE"))
 
 
 def find(text: str) -> Path:
@@ -67,7 +67,7 @@ def find(text: str) -> Path:
     Raises:
         RaydeepError: there is none; similar names are told.
     """
-    path = mirror.place(text, "RUN").expanduser().resolve()
+    path = mirror.real(mirror.place(text, "RUN"))
     if remote.is_address(text) or path.exists():
         return path
     try:

@@ -39,8 +39,13 @@ class Session:
     spec: dict[str, Any]
 
 
-def open_session(stack: ExitStack, job: Job, run: Run | None, command: Command, ui: Ui) -> Session:
-    """Check everything that can be checked, make the run folder, start Ray, load the data."""
+def open_session(
+    stack: ExitStack, job: Job, run: Run | None, command: Command, ui: Ui, start: Path | None = None
+) -> Session:
+    """Check everything that can be checked, make the run folder, start Ray, load the data.
+
+    `start`: of take_dense, which is told before Ray starts what is wrong with it.
+    """
     from raydeep.compress import plan as recipe
     from raydeep.deploy import runtimes
     from raydeep.model import artifact
@@ -58,6 +63,8 @@ def open_session(stack: ExitStack, job: Job, run: Run | None, command: Command, 
 
         export.to_onnx(*artifact.freeze(model.eval(), spec, fold=False))
     recipe.check(job, spec)
+    if start is not None:
+        _dense_of(start, job, spec)
     runtimes.check_runtimes(job.export)
     track.check(job.search.track, shared=mirror.address(storage_folder(job)) is None)
     fresh = run is None
@@ -186,6 +193,15 @@ def take_dense(session: Session, start: Path) -> None:
     """Copy the dense model of another run, with what it predicts here."""
     from raydeep.compress import pack
     from raydeep.deploy import export
+
+    packed = pack.pack(*_dense_of(start, session.job, session.spec))
+    _evaluate(session, packed)
+    export.write_model(session.run.model("dense"), packed)
+    session.run.save()
+
+
+def _dense_of(start: Path, job: Job, own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Spec and tensors of a dense model that a job with the spec `own` can go on with."""
     from raydeep.model import artifact
 
     folder = artifact.dense_folder(start)
@@ -193,14 +209,12 @@ def take_dense(session: Session, start: Path) -> None:
         raise ModelError(f"{mirror.name(start)}: neither a run with models/dense nor a model folder")
     artifact.check_sums(folder)
     spec, tensors = artifact.load_model(folder)
-    wanted = {"name": session.job.model.name, "args": session.job.model.args}
+    wanted = {"name": job.model.name, "args": job.model.args}
     if spec["model"] != wanted:
         raise ModelError(f"{folder}: its network is {spec['model']}, the job's {wanted}; set model.name and model.args")
     if spec["layers"] or spec["folded"]:
         raise ModelError(f"{folder}: compressed already; give a dense model")
-    if spec["classes"] != session.spec["classes"] or spec["input"] != session.spec["input"]:
+    if spec["classes"] != own["classes"] or spec["input"] != own["input"]:
         raise ModelError(f"{folder}: made for other classes or another picture size than this job's data")
-    packed = pack.pack(spec, tensors)
-    _evaluate(session, packed)
-    export.write_model(session.run.model("dense"), packed)
-    session.run.save()
+    artifact.thaw(spec, tensors)
+    return spec, tensors

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
@@ -200,12 +201,16 @@ def latest(folder: Path, say: Callable[[str], None] | None = None) -> Checkpoint
 
 
 def _reason(err: Exception) -> str:
-    return str(err) if isinstance(err, RaydeepError) else f"{type(err).__name__}: {err}"
+    if isinstance(err, RaydeepError):
+        return str(err)
+    return err.strerror or str(err) if isinstance(err, OSError) else f"{STATE} is not that of a checkpoint"
 
 
 def load(path: Path, check: bool = False) -> Checkpoint:
     """A checkpoint by its folder; its files are hashed if `check`."""
     state = read_json(path / STATE)
+    if not isinstance(state, dict):
+        raise RaydeepError(f"{STATE} is not that of a checkpoint")
     if state.get("format") != FORMAT:
         raise RaydeepError(f"format {state.get('format')}, this version reads {FORMAT}")
     moment = Moment(**state["moment"])
@@ -216,6 +221,10 @@ def load(path: Path, check: bool = False) -> Checkpoint:
         for name, digest in state["sha256"].items():
             if sha256_file(path / name) != digest:
                 raise RaydeepError(f"{name} has another checksum")
+        try:
+            _kinds(path)
+        except SafetensorError as err:
+            raise RaydeepError(f"its tensors can't be read: {err}") from None
     return Checkpoint(path, moment, state)
 
 

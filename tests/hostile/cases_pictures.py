@@ -115,7 +115,7 @@ CASES = [
     shard("an APNG", encoded((8, 8), "PNG", "RGB", save_all=True), r"\d+ in quarantine", 0),
     shard("16 bits of grey", encoded((8, 8), "PNG", "I;16"), "0 in quarantine", 0),
     shard(
-        "a bad picture whose name clears the terminal", file("pics/cat/\x1b[2J\x1b[31m.png", b"no"),
+        "a bad picture whose name clears the terminal, sharded", file("pics/cat/\x1b[2J\x1b[31m.png", b"no"),
         "1 of 41 pictures can't be read",
     ),
     shard("a bad picture whose name is no UTF-8", lambda folder, stock: _raw_name(folder), "1 of 41 pictures"),

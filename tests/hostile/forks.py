@@ -99,7 +99,7 @@ def command(request: dict[str, Any]) -> int:
     code = 0
     try:
         if "python" in request:
-            exec(compile(request["python"], "<case>", "exec"), {"__name__": "__main__"})
+            python(request["python"])
         else:
             cli.main()
     except SystemExit as end:
@@ -115,6 +115,17 @@ def command(request: dict[str, Any]) -> int:
         code = 120
     sys.stderr.flush()
     return code
+
+
+def python(line: str) -> None:
+    """A line of Python; what a caller could catch is told as the command line tells it."""
+    from raydeep.errors import RaydeepError
+
+    try:
+        exec(compile(line, "<case>", "exec"), {"__name__": "__main__"})
+    except RaydeepError as err:
+        print(f"error: {err}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from raydeep import run
+from raydeep.errors import SPACES
 
 ROOT = Path(__file__).parents[2]
 MiB = 2**20
@@ -39,6 +40,7 @@ class Stock(NamedTuple):
     model: Path  # a model folder: ten classes, 8×8 grey
     dataset: Path  # the digits as shards
     run: Path  # the run folder of a finished search, with that model as models/dense
+    checkpoint: Path  # a checkpoint of its network
     server: str  # address of a job server that takes every job
 
 
@@ -58,8 +60,8 @@ class Case:
     env: dict[str, str] = field(default_factory=dict)
     file_bytes: int | None = None  # a disk that is full: no file may grow beyond it
     peak: int = 150 * MiB  # over what a command needs that does nothing
-    python: bool = False  # the command is a line of Python
-    usage: bool = False  # it is the parser of the command line that answers
+    python: bool = False  # the command is a line of Python; its RaydeepError ends as that of a command does
+    usage: bool = False  # it ends in other words than one line with error:, those of the parser or of `data verify`
 
     @property
     def words(self) -> list[str]:
@@ -133,14 +135,15 @@ def run_in(case: Case, stock: Stock, server: Server | None, box: Path) -> tuple[
     words = [word.replace("{server}", stock.server) for word in case.words]
     out, err = box / "out", box / "err"
     if server is None:
-        program = [sys.executable, "-c", words[-1]] if case.python else [sys.executable, "-m", "raydeep.cli", *words]
+        assert not case.python
+        program = [sys.executable, "-m", "raydeep.cli", *words]
         with out.open("wb") as to, err.open("wb") as also:
             process = subprocess.Popen(program, cwd=here, env=env, stdin=subprocess.DEVNULL, stdout=to, stderr=also)
             _, status, used = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
         answer = {"code": process.returncode, "peak": used.ru_maxrss * 1024, "seconds": 0.0}
     else:
-        what = {"python": words[-1], "argv": []} if case.python else {"argv": words}
+        what = {"python": case.command, "argv": []} if case.python else {"argv": words}
         answer = server.ask(
             folder=str(here), env=env, out=str(out), err=str(err), seconds=120.0, file_bytes=case.file_bytes, **what
         )
@@ -156,13 +159,13 @@ def examine(case: Case, ended: Ended, box: Path, before: dict[str, Any], base: i
         wrong.append(f"exit code {ended.code}, expected {case.code}")
     if "Traceback" in said or "Error: " in said.replace("\nError: ", "\n"):
         wrong.append("a traceback, or the name of an exception")
-    if odd := sorted({c for c in said if not c.isprintable() and c not in "\n\t"}):
+    if odd := sorted({c for c in said if not c.isprintable() and c not in f"\n\t{SPACES}"}):
         wrong.append(f"characters that steer a terminal, or are none: {odd}")
     lines = ended.err.splitlines()
     errors = [at for at, line in enumerate(lines) if line.startswith("error:")]
     if case.code == 2 and not case.usage and errors != [len(lines) - 1]:
         wrong.append("stderr does not end in its one line that begins with error:")
-    where = lines[-1] if case.code and lines else said
+    where = lines[-1] if case.code and lines and not case.usage else said
     if not re.search(case.says, where):
         wrong.append(f"expected words that match {case.says!r}")
     if base and ended.peak - base > case.peak:

@@ -28,14 +28,22 @@ def stock(folder: Path) -> Iterator[Stock]:
     from raydeep.data.shards import write_dataset
     from raydeep.deploy import export
     from raydeep.model import artifact
+    from raydeep.train.checkpoint import Moment, State
+    from raydeep.train.saver import Saver
 
     dataset = write_dataset(Data(), folder / "shards").path
     spec = artifact.make_spec("seed", {"width": 2}, CLASSES, (8, 8, 1), [0.5], [0.25])
     torch.manual_seed(0)
     packed = pack.pack(*artifact.freeze(artifact.build(spec).eval(), spec))
     export.write_model(folder / "model", packed)
+    net = artifact.build(spec)
+    saver = Saver(folder / "checkpoints")
+    saver.save(Moment(1, 0, 0.0, 1, 1, 0.5), State(net, torch.optim.SGD(net.parameters(), momentum=0.9)))
+    saver.wait()
+    [checkpoint] = (folder / "checkpoints").glob("step-*")
+    run = write_run(folder / "run", folder / "model", dataset)
     with job_server() as server:
-        yield Stock(folder / "model", dataset, write_run(folder / "run", folder / "model", dataset), server)
+        yield Stock(folder / "model", dataset, run, checkpoint, server)
 
 
 def write_run(path: Path, model: Path, dataset: Path) -> Path:
