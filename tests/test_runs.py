@@ -399,3 +399,9 @@ def test_a_hundred_runs_take_less_than_a_second_of_this_process(tmp_path: Path) 
     began = time.process_time()
     assert len(runs.listing(tmp_path, NOW)) == 100
     assert time.process_time() - began < 1.0
+
+
+def test_a_size_is_shown_with_its_space():
+    from raydeep.errors import shown
+
+    assert shown("78.7\N{NO-BREAK SPACE}kB\x1b[2J\t") == "78.7\N{NO-BREAK SPACE}kB\\x1b[2J\\t"
