@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 from raydeep.config import Job
 from raydeep.data.resident import Dataset
-from raydeep.run import usable_cores
+from raydeep.machine import usable_cores
 from raydeep.train.cluster import NOISY, RAY_ENV
 
 SPACE: dict[str, list[Any]] = {

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from raydeep import mirror
 from raydeep.config import Job
 from raydeep.errors import DataError
+from raydeep.machine import memory_bytes, usable_cores
 from raydeep.ops.console import Stage, Ui
-from raydeep.run import Run, memory_bytes, read_lines, storage_folder, usable_cores
+from raydeep.run import Run, read_lines, storage_folder
 
 if TYPE_CHECKING:
     from raydeep.data import sharding

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 from raydeep import mirror
 from raydeep.config import Job
 from raydeep.errors import RaydeepError, ResourceError
+from raydeep.machine import usable_cores
 from raydeep.ops import checks, health, nodefacts, probes, verdict
 from raydeep.ops.checks import Check, Node
 from raydeep.ops.console import Ui
-from raydeep.run import storage_folder, usable_cores
+from raydeep.run import storage_folder
 
 ANSWER_S = 30.0  # a node that says nothing for so long has failed: its worker may have to start first
 COMPARE_S = 15.0  # before a training: then it is left to show itself

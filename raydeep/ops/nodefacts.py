@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from raydeep import __version__
-from raydeep.run import memory_bytes, usable_cores
+from raydeep.machine import memory_bytes, usable_cores
 
 CGROUPS = Path("/sys/fs/cgroup")
 SHM = "/dev/shm"

@@ -15,7 +15,7 @@ from typing import Any
 
 from raydeep.config import Job
 from raydeep.errors import ResourceError
-from raydeep.run import usable_cores
+from raydeep.machine import usable_cores
 from raydeep.train import sizing
 
 # Read when Ray is imported: Ray's own progress lines stay off the terminal, its train controller polls often

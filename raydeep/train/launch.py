@@ -14,7 +14,8 @@ from typing import Any
 from raydeep import mirror
 from raydeep.config import Job, Scaling
 from raydeep.errors import RaydeepError, StorageError, TrainError
-from raydeep.run import Run, parse_lines, read_json, usable_cores
+from raydeep.machine import usable_cores
+from raydeep.run import Run, parse_lines, read_json
 from raydeep.train import control
 
 UNUSED_CALLBACKS = ("DatasetsCallback", "PlacementGroupCleanerCallback", "PreemptionCallback")
