@@ -4,7 +4,8 @@ Time is lost where a run does work again or does none. In training that is each 
 were ever reached: from its last rise before an attempt to its first rise after it, so both the way back and the steps
 done again. Among trials it is the share of the trials at once that a kill has cut: what they had done, and for how long
 fewer trials run than before it. Before the first step, between training and trials, and after the last trial there is
-nothing to see progress by: there, all from the kill to the next sign of progress is lost, which is more than was.
+nothing to see progress by: there, all from the kill to the next sign of progress is lost, which is more than was. Of a
+driver that dies before the first step it is its life and the wait for the next one, which then starts as any does.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Record:
 
     begin: float
     end: float = 0.0
+    starts: list[float] = field(default_factory=list)  # of drivers
     kills: list[Kill] = field(default_factory=list)
     marks: list[tuple[float, int]] = field(default_factory=list)  # each rise of the training's high water: time, step
     attempts: list[dict[str, Any]] = field(default_factory=list)  # attempts.jsonl
@@ -139,12 +141,14 @@ def losses(record: Record, slots: int) -> list[Loss]:
         elif k:
             spans.append((rises[k - 1], begun, "training"))
     for phase, start, end, kinds in (
-        ("start", record.begin, first, ("worker", "node", "driver")),
+        ("start", record.begin, first, ("worker", "node")),
         ("between", rises[-1] if rises else record.end, begun, ("node", "driver")),
         ("end", over, record.end, ("driver",)),  # Ray has nothing to do there
     ):
         hit = [kill.at for kill in kills if start <= kill.at < end and kill.kind in kinds]
         spans += [(hit[0], end, phase)] if hit else []
+    if started := [at for at in record.starts[1:] if at < first]:
+        spans.append((record.begin, started[-1], "start"))
     found, done = [], 0.0
     for start, end, phase in sorted(spans):
         cause = next((kill for kill in kills if start - 1 <= kill.at <= end), None)  # a step may be done after a kill

@@ -86,6 +86,7 @@ class Search:
     def start(self) -> None:
         """Start the driver, or the next one."""
         arguments = ["--resume", str(self.folder)] if self.folder else self.arguments
+        self.record.starts.append(time.time())
         with self.log.open("a") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "raydeep.cli", "search", *arguments], stdout=out, stderr=out

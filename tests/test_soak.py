@@ -28,7 +28,7 @@ def end(trial: int, status: str = "done") -> dict[str, Any]:
 
 def trained(*marks: tuple[float, int], attempts: tuple[float, ...] = (1.0,), kills: tuple[Kill, ...] = ()) -> Record:
     """A training that nothing follows."""
-    return Record(0.0, END, list(kills), list(marks), [{"time": at} for at in attempts])
+    return Record(0.0, END, [0.0], list(kills), list(marks), [{"time": at} for at in attempts])
 
 
 def lost(record: Record, slots: int = 2) -> list[tuple[str, float]]:
@@ -73,11 +73,21 @@ def test_a_gap_that_nobody_has_made_is_lost_too() -> None:
 
 
 def test_before_the_first_step_and_after_the_last_trial_all_from_the_kill_on_is_lost() -> None:
-    assert lost(trained((30.0, 1), kills=(Kill(12.0, "driver"),))) == [("start", 18)]
+    assert lost(trained((30.0, 1), kills=(Kill(12.0, "worker"),))) == [("start", 18)]
     record = trained((30.0, 1))
     record.begins, record.lines = [(0, 40.0)], [(50.0, rung(0)), (50.0, end(0))]
     record.kills = [Kill(900.0, "worker"), Kill(990.0, "driver")]  # Ray has no part in what was left to do
     assert lost(record) == [("end", 10)]
+
+
+def test_drivers_that_never_came_to_a_step_are_lost_whole_and_the_next_one_starts_as_any_does() -> None:
+    kills = (Kill(12.0, "driver"), Kill(20.0, "driver"))
+    record = trained((60.0, 1), kills=kills)
+    record.starts += [14.0, 22.0]
+    assert lost(record) == [("start", 22)]
+    assert count.losses(record, 2)[0].kill == kills[0]
+    record.kills.append(Kill(40.0, "node"))
+    assert lost(record) == [("start", 22), ("start", 20)]
 
 
 def test_between_training_and_trials() -> None:
@@ -87,7 +97,7 @@ def test_between_training_and_trials() -> None:
 
 
 def searched(begins: list[tuple[int, float]], lines: list[tuple[float, dict[str, Any]]], *kills: Kill) -> Record:
-    return Record(0.0, END, list(kills), [(1.0, 1)], [{"time": 0.5}], begins, lines)
+    return Record(0.0, END, [0.0], list(kills), [(1.0, 1)], [{"time": 0.5}], begins, lines)
 
 
 def test_a_killed_trial_costs_its_share_of_the_trials_at_once() -> None:
