@@ -169,10 +169,10 @@ class Search:
         return max(row.get("val_accuracy", 0.0) for row in ends)
 
     def files(self) -> set[str]:
-        """Names of its files, without what differs from run to run: numbers of trials and of checkpoints."""
+        """Names of its files, without numbers of trials and checkpoints, and the log of what Ray had to say."""
         assert self.folder is not None
         names = (str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.is_file())
-        return {re.sub(r"/t\d+", "/t", re.sub(r"step-\d+", "step", name)) for name in names}
+        return {re.sub(r"/t\d+", "/t", re.sub(r"step-\d+", "step", name)) for name in names if name != "ray.log"}
 
 
 def lines(folder: Path | None, name: str) -> list[dict[str, Any]]:
