@@ -83,7 +83,7 @@ def verification(run: Run) -> str:
     if not rows or not all(row.get("verified") is True for row in rows):
         return ""
     n = number(rows[0].get("rows"))
-    over = f"{n:.0f} validation and test images" if n else "validation and test images"
+    over = f"{n:,.0f} validation and test images" if n else "validation and test images"
     differ = [
         f"{number(row.get(key)):.0f} by {row.get('label')} ({kind})"
         for row in rows

@@ -184,7 +184,7 @@ def answer(run: Run) -> tuple[str, str]:
     doubt = ""
     if n and accuracy is not None:
         error = (accuracy * (1 - accuracy) / n) ** 0.5
-        doubt = f" With {n:.0f} test images, one standard error of an accuracy is ±{100 * error:.1f} points."
+        doubt = f" With {n:,.0f} test images, one standard error of an accuracy is ±{100 * error:.1f} points."
     if chosen is not None and only_accuracy(run):
         gain = 100 * (chosen["test_accuracy"] - dense["test_accuracy"])
         against = "as accurate as" if abs(gain) < 0.05 else f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'}"
