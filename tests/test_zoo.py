@@ -154,7 +154,7 @@ def test_own_factory_by_import_path(own):
         (":tiny", {}, "can't import"),
         ("own_nets:small", {}, "own_nets has no small"),
         ("own_nets:no_module", {}, "its factory gave list, expected a torch.nn.Module"),
-        ("own_nets:NO_FACTORY", {}, "its factory failed: 'int' object is not callable"),
+        ("own_nets:NO_FACTORY", {}, "NO_FACTORY is a int, expected a function or a class"),
         ("own_nets:tiny", {"hidden_size": 4}, r"its factory failed: .*'hidden_size'; check model.args"),
         ("own_nets:one_class_more", {}, r"gives \(2, 8\), expected logits of shape \(2, 7\)"),
         ("own_nets:pair", {}, r"gives tuple, expected logits of shape \(2, 7\)"),
