@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -447,29 +445,3 @@ def test_openvino_predicts_what_onnxruntime_predicts(net, digits, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"not onnx")
     with pytest.raises(ArtifactError, match="not an ONNX file"):
         runtimes.open_openvino(tmp_path / "model.onnx")
-
-
-# the card's script for arrays
-
-
-def test_the_script_for_arrays_needs_nothing_but_numpy_and_onnxruntime(net, digits, tmp_path, monkeypatch):
-    model = net("W8A8")
-    monkeypatch.setattr(export, "_plain", lambda *_: (model.layers, copied(model.plain), model.arrays))
-    export.write_model(tmp_path / "t", pack.pack(model.spec, model.tensors))
-    scripts = re.findall(r"```python\n(.*?)```", (tmp_path / "t" / "README.md").read_text(), re.DOTALL)
-    [script] = [s for s in scripts if "PIL" not in s]
-    assert len(script.splitlines()) <= 20
-    np.save(tmp_path / "t" / "pictures.npy", digits.test.images[:70])
-    (tmp_path / "t" / "label.py").write_text(
-        "import sys\nfor name in ('torch', 'raydeep', 'PIL', 'onnx', 'ray'):\n    sys.modules[name] = None\n" + script
-    )
-    done = subprocess.run(
-        [sys.executable, "label.py", "pictures.npy"], cwd=tmp_path / "t", capture_output=True, text=True, check=True
-    )  # fmt: skip
-    found = logits((tmp_path / "t" / "model.onnx").read_bytes(), digits.test.images[:70])
-    assert [line.split()[0] for line in done.stdout.splitlines()] == [digits.classes[i] for i in found.argmax(1)]
-    np.save(tmp_path / "t" / "pictures.npy", digits.test.images[:2].astype(float))
-    done = subprocess.run(
-        [sys.executable, "label.py", "pictures.npy"], cwd=tmp_path / "t", capture_output=True, text=True, check=False
-    )  # fmt: skip
-    assert "expected uint8 pictures" in done.stderr

@@ -180,7 +180,8 @@ def to_pixels(image: Image.Image, mode: str, size: int | None) -> np.ndarray:
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
         image = image.resize((size, size), Image.Resampling.BILINEAR)
-    pixels = np.asarray(image.convert("L" if mode == "grey" else "RGB"))
+    wanted = "L" if mode == "grey" else "RGB"
+    pixels = np.asarray(image if image.mode == wanted else image.convert(wanted))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 

@@ -151,19 +151,19 @@ class _Labeller:
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
         try:
             rows: list[Row] = pickle.loads(batch["unit"][0])
-            found = label(self.run, self.model, rows, self.reader(rows), self.batch_size, self.max_pixels)
-            return pa.concat_tables(
-                [table(part, self.model.classes, self.names, self.schema, self.top) for part in found]
-            )
+            parts = list(label(self.run, self.model, rows, self.reader(rows), self.batch_size, self.max_pixels))
+            errors = [error for part in parts for error in part.errors]
+            whole = Batch(rows, np.concatenate([part.probabilities for part in parts]), errors)
+            return table(whole, self.model.classes, self.names, self.schema, self.top)
         except (RaydeepError, OSError) as err:  # as a value: Ray Data would bury it in kinds of its own
             return pa.table({"failed": [pickle.dumps(err)]})
 
 
 def table(batch: Batch, classes: list[str], names: np.ndarray, schema: pa.Schema, top: int) -> pa.Table:
-    """A batch as rows of the file.
+    """What was predicted as rows of the file.
 
     Args:
-        batch: of N rows.
+        batch: N rows.
         classes: of the model.
         names: what the labels of the rows number.
         schema: of the file.

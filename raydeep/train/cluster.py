@@ -21,6 +21,7 @@ from raydeep.train import sizing
 # Read when Ray is imported: Ray's own progress lines stay off the terminal, its train controller polls often
 # enough that a report costs 0.15 s and not 2 s.
 RAY_ENV = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent unless somebody sets it
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
