@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -16,10 +15,6 @@ from raydeep.ops import front, searching, session
 from raydeep.ops.console import Ui
 from raydeep.run import Run
 from raydeep.tuning import Target
-
-if TYPE_CHECKING:
-    pass
-
 
 Place = Run | str | Path  # a run, or a folder or address
 
@@ -145,9 +140,12 @@ def _take(
     if start is not None:
         raise JobError("a resumed run goes on with its own dense model: `start` can't change it")
     run = resume if isinstance(resume, Run) else Run.open(resume)
-    if job is not None:
+    wanted = run.job if job is None else job
+    if stage == "compress":
+        wanted = one_trial(wanted)  # as its run holds it: another run is refused
+    if wanted is not run.job:
         with run.locked():
-            run.take(one_trial(job) if stage == "compress" else job, force)  # as its run holds it
+            run.take(wanted, force)
     return run.job, run
 
 

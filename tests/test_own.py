@@ -25,7 +25,7 @@ from raydeep.data import shards, sources
 from raydeep.data.augment import Augmenter
 from raydeep.data.batches import Batches, Micro
 from raydeep.data.resident import Pixels
-from raydeep.errors import DataError, JobError, ModelError, RaydeepError
+from raydeep.errors import DataError, JobError, ModelError, RaydeepError, ResourceError
 from raydeep.model import artifact, layers, zoo
 from raydeep.train import losses
 from raydeep.train.loop import fit
@@ -101,6 +101,27 @@ def test_a_stage_refuses_what_is_no_job(stage, tmp_path, job):
     if stage is not raydeep.train:
         with pytest.raises(JobError, match="goes on with its own dense model"):
             stage(job, resume=run, start=tmp_path)
+
+
+def test_compress_goes_on_with_no_search(job):
+    search = job.model_copy(update={"search": job.search.model_copy(update={"trials": 9})})
+    run = raydeep.Run.create(search, "raydeep search job.yaml")
+    with pytest.raises(JobError, match=r"search\.trials was 9, now 1"):
+        raydeep.compress(resume=run)
+
+
+def test_a_ray_of_the_callers_own_is_left_alone(job, tmp_path, monkeypatch):
+    import ray
+
+    from raydeep.train import cluster
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "shutdown", lambda: pytest.fail("the caller's Ray was ended"))
+    with (
+        pytest.raises(ResourceError, match="this process is connected to a Ray already, which this would end"),
+        cluster.cluster(job, tmp_path / "ray.log"),
+    ):
+        raise AssertionError("there is no Ray")
 
 
 def test_a_run_tells_its_front_or_that_it_has_none(job):
@@ -280,6 +301,33 @@ def test_facts_of_a_source_of_ones_own_change_with_its_module_and_files(mine, tm
     (tmp_path / "held" / "a.bin").write_bytes(b"1")
     assert sources.fingerprint(cfg) != first
     assert sources.fingerprint(Data(source=f"{mine(SPLITS + '    # changed')}:open", path=cfg.path)) != first
+
+
+def test_a_dataset_that_has_grown_is_opened_anew_in_the_same_process(mine, tmp_path):
+    name = mine("""
+        import pathlib
+        def open(path): return [(p.read_bytes(), p.stem[0]) for p in sorted(pathlib.Path(path).iterdir())]
+    """)
+    (tmp_path / "held").mkdir()
+    cfg = Data(source=f"{name}:open", path=str(tmp_path / "held"))
+    for file in ("a1", "b1"):
+        (tmp_path / "held" / file).write_bytes(b"x")
+    assert len(sources.open_source(cfg).rows) == 2
+    (tmp_path / "held" / "a2").write_bytes(b"y")
+    assert len(sources.open_source(cfg).rows) == 3
+
+
+def test_a_source_may_be_any_callable(mine):
+    name = mine("""
+        import functools
+        class Opener:
+            def __call__(self, path): return [(b"", "a"), (b"", "b")]
+        one, two = Opener(), functools.partial(Opener(), )
+    """)
+    for part in ("one", "two"):
+        cfg = Data(source=f"{name}:{part}")
+        assert sources.open_source(cfg).classes == ["a", "b"]
+        assert len(sources.fingerprint(cfg)) == 1
 
 
 @pytest.mark.parametrize(

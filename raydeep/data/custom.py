@@ -9,7 +9,7 @@ these are the labels and no picture is made to learn them; `classes` names integ
 from __future__ import annotations
 
 import functools
-import inspect
+import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ def custom(cfg: Data) -> Source:
     Raises:
         DataError: its factory can't be called, or gives no such datasets; the row is named where it is one.
     """
+    _open.cache_clear()  # what is below data.path may have changed since
     datasets = _open(cfg.source, cfg.path)
     columns = {}
     for split, dataset in datasets.items():
@@ -50,11 +51,10 @@ def custom(cfg: Data) -> Source:
 
 
 def custom_facts(cfg: Data) -> list[Any]:
-    """Facts that change when the dataset does, as far as can be seen: its module, the files below data.path, labels."""
-    facts: list[Any] = []
-    file = inspect.getsourcefile(inspect.unwrap(own.find("data.source", cfg.source, DataError)))
-    if file is not None:
-        facts.append(sha256_file(Path(file)))
+    """Facts that change when the dataset does, as far as can be seen: its module, and the files below data.path."""
+    own.find("data.source", cfg.source, DataError)
+    file = getattr(sys.modules[cfg.source.partition(":")[0]], "__file__", None)
+    facts: list[Any] = [sha256_file(Path(file))] if file is not None and Path(file).is_file() else []
     if cfg.path and "://" not in cfg.path:
         path = Path(cfg.path).expanduser()
         if path.is_dir():

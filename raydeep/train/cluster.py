@@ -49,7 +49,7 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
         log: file that takes what Ray says.
 
     Raises:
-        ResourceError: the job's plan can't be placed, or Ray does not start.
+        ResourceError: the job's plan can't be placed, Ray does not start, or this process is connected to one.
     """
     for key, value in RAY_ENV.items():
         os.environ.setdefault(key, value)
@@ -73,6 +73,11 @@ def cluster(job: Job, log: Path) -> Iterator[sizing.Plan]:
             )
     import ray
 
+    if ray.is_initialized():
+        raise ResourceError(
+            "this process is connected to a Ray already, which this would end: call ray.shutdown() before, or run the "
+            "command in a process of its own; RAY_ADDRESS names a cluster to join"
+        )
     restore = _quiet(log)
     errors_to_log()
     on_term = signal.getsignal(signal.SIGTERM)
