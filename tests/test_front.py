@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from raydeep.config import Job
 from raydeep.ops import front
 from raydeep.recipe import Export
+from raydeep.report import words
+from raydeep.report.folder import read_run
 from raydeep.run import Run, write_json
 from raydeep.tuning import Search
 
@@ -63,3 +66,29 @@ def test_close_to_the_dense_model_is_the_cheapest_by_what_the_search_asks_for(tm
     told = {"dense": {"val_accuracy": 0.95, "test_accuracy": 0.95}, "models": models}
     assert front.verdict(told | {"objectives": {"accuracy": "max", "macs": "min"}}).startswith("t001:")
     assert front.verdict(told | {"objectives": {"accuracy": "max", "bytes": "min"}}).startswith("t000:")
+
+
+@pytest.mark.parametrize(
+    ("objectives", "expected"),
+    [
+        ({"accuracy": "max", "latency": "min"}, "t002"),
+        ({"accuracy": "max", "bytes": "min"}, "t001"),
+        ({"accuracy": "max"}, "t000"),
+        ({"worst_class": "max", "accuracy": "max"}, "t000"),
+    ],
+)
+def test_predict_verdict_and_report_take_the_same_model(tmp_path, objectives, expected):
+    """Of five, each has its own best: the third is fastest, the second smallest, the first most accurate."""
+    points = [(0.96, 900, 0.9), (0.945, 300, 0.8), (0.942, 600, 0.2), (0.96, 950, 0.9), (0.50, 100, 0.1)]
+    rest = {"test_accuracy": 0.9, "compression_ratio": 2.0, "latency_ratio": 1.0, "verified": True}
+    models = [
+        {"label": f"t{i:03d}", "trial": i, "val_accuracy": a, "bytes": b, "latency_ms": ms, **rest}
+        for i, (a, b, ms) in enumerate(points)
+    ]
+    for rows in (models, models[::-1]):
+        told = {"dense": {"val_accuracy": 0.95, "test_accuracy": 0.95}, "models": rows, "objectives": objectives}
+        write_json(tmp_path / "front.json", told)
+        (tmp_path / "job.yaml").write_text(f"search: {{objectives: {json.dumps(objectives)}}}\n")
+        picked = words.pick(read_run(tmp_path))
+        assert picked is not None
+        assert [front._answer(told), front.verdict(told)[:4], picked["label"]] == [expected] * 3

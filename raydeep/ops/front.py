@@ -82,8 +82,8 @@ def _finish(run: Run, data: Dataset, trials: list[dict[str, Any]], ui: Ui) -> li
 def _front(run: Run, trials: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Trials on the front of the search's objectives, export.max_models at most, and the best under each constraint.
 
-    The best ones are among them, and the smallest that is close to the dense model; the order is that of the first
-    objective, best first.
+    The best ones are among them, and the one that answers the search; the order is that of the first objective, best
+    first.
     """
     from raydeep.search import pareto
     from raydeep.search.objectives import Objectives
@@ -94,9 +94,9 @@ def _front(run: Run, trials: list[dict[str, Any]]) -> tuple[list[dict[str, Any]]
     found = objectives.front(trials)
     best = objectives.best(trials)
     dense = read_json(run.path / "provenance.json").get("reference", {}).get("val_accuracy", 0.0)
-    close = pareto.smallest_close([trials[i] for i in found], dense, objectives.cost)
+    answer = objectives.answer([trials[i] for i in found], dense)
     kept = [*pareto.spread(found, run.job.export.max_models), *best.values()]
-    kept += [] if close is None else [trials.index(close)]
+    kept += [] if answer is None else [trials.index(answer)]
     order = sorted(dict.fromkeys(kept), key=lambda i: (objectives.point(trials[i]), i))
     return [trials[i] for i in order], {name: f"t{trials[i]['trial']:03d}" for name, i in best.items()}
 
@@ -193,24 +193,22 @@ def _answer(front: dict[str, Any]) -> str | None:
 
     `raydeep predict RUN` takes it.
     """
-    from raydeep.search.pareto import smallest_close
-
     if not front["models"]:
         return "dense"
-    best = smallest_close(front["models"], front["dense"]["val_accuracy"])
+    best = _best(front)
     return None if best is None else str(best["label"])
 
 
-def verdict(front: dict[str, Any]) -> str:
-    """One sentence: the smallest model that is close to the dense one on validation, with its test accuracy.
-
-    What is small is told by the search's objectives.
-    """
+def _best(front: dict[str, Any]) -> dict[str, Any] | None:
+    """The row of the model that answers the search, as the report finds it (report.words.pick)."""
     from raydeep.search.objectives import Objectives
-    from raydeep.search.pareto import smallest_close
 
-    dense = front["dense"]
-    best = smallest_close(front["models"], dense["val_accuracy"], Objectives(front["objectives"], []).cost)
+    return Objectives(front["objectives"], []).answer(front["models"], front["dense"]["val_accuracy"])
+
+
+def verdict(front: dict[str, Any]) -> str:
+    """One sentence: the model that answers the search, chosen on validation, with its test accuracy."""
+    dense, best = front["dense"], _best(front)
     if best is None:
         return "no model of the front is within 1 point of the dense model's validation accuracy"
     return (

@@ -6,8 +6,6 @@ import json
 from typing import Any
 
 from raydeep.report.folder import Run, number
-from raydeep.search.objectives import SHARES
-from raydeep.search.pareto import smallest_close
 
 ABSENT = "–"
 
@@ -143,22 +141,9 @@ def _sound(row: dict[str, Any]) -> bool:
 
 
 def pick(run: Run) -> dict[str, Any] | None:
-    """The verified model of the front that answers the search.
-
-    The smallest (or fastest: whatever the objectives ask for) within 1 point of the dense model's validation accuracy;
-    where they ask for nothing but accuracy, the most accurate one.
-    """
+    """The verified model of the front that answers the search, as its objectives tell (Objectives.answer)."""
     dense, sound = number((run.dense or {}).get("val_accuracy")), [row for row in run.models if _sound(row)]
-    if dense is None:
-        return None
-    if only_accuracy(run):
-        return max(sound, key=lambda row: row["val_accuracy"], default=None)
-    return smallest_close(sound, dense, run.objectives.cost) or smallest_close(sound, dense)
-
-
-def only_accuracy(run: Run) -> bool:
-    """Whether the search asks for nothing but accuracy."""
-    return set(run.objectives.modes) <= set(SHARES)
+    return None if dense is None else run.objectives.answer(sound, dense)
 
 
 def test_rows(run: Run) -> float | None:
@@ -185,7 +170,7 @@ def answer(run: Run) -> tuple[str, str]:
     if n and accuracy is not None:
         error = (accuracy * (1 - accuracy) / n) ** 0.5
         doubt = f" With {n:,.0f} test images, one standard error of an accuracy is ±{100 * error:.1f} points."
-    if chosen is not None and only_accuracy(run):
+    if chosen is not None and run.objectives.only_accuracy:
         gain = 100 * (chosen["test_accuracy"] - dense["test_accuracy"])
         against = "as accurate as" if abs(gain) < 0.05 else f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'}"
         return (

@@ -40,6 +40,25 @@ class Objectives(NamedTuple):
         costs = (name for name, mode in self.modes.items() if mode == "min" and name not in SHARES)
         return FIELDS[next(costs, "bytes")]
 
+    @property
+    def only_accuracy(self) -> bool:
+        """Whether nothing but accuracy is asked for."""
+        return set(self.modes) <= set(SHARES)
+
+    def answer(self, rows: Sequence[dict[str, Any]], dense: float) -> dict[str, Any] | None:
+        """The model that answers a search: what a run stands for, and its report names.
+
+        The one with the least `cost` of those within 1 point of the dense model's validation accuracy, or the smallest
+        where none has that measured; where nothing but accuracy is asked for, the most accurate one.
+
+        Args:
+            rows: models, with `val_accuracy` and `bytes`.
+            dense: validation accuracy of the dense model.
+        """
+        if self.only_accuracy:
+            return min(rows, key=pareto.by_accuracy, default=None)
+        return pareto.smallest_close(rows, dense, self.cost) or pareto.smallest_close(rows, dense)
+
     def problem(self, row: Mapping[str, Any]) -> str | None:
         """Why a result can't be judged: a measure is missing or not finite; None if it can."""
         for name in sorted(self.names):

@@ -60,7 +60,12 @@ def smallest_close(rows: Sequence[dict[str, Any]], dense: float, by: str = "byte
         by: the column that is to be small.
     """
     close = [row for row in rows if dense - row["val_accuracy"] <= CLOSE + 1e-9 and row.get(by) is not None]
-    return min(close, key=lambda row: row[by], default=None)
+    return min(close, key=lambda row: (row[by], *by_accuracy(row)), default=None)
+
+
+def by_accuracy(row: dict[str, Any]) -> tuple[float, float, str]:
+    """What the most accurate models are first by; of equal ones the smaller, so that their order does not matter."""
+    return -row["val_accuracy"], row.get("bytes") or 0, str(row.get("trial"))
 
 
 def fronts(points: Points) -> list[list[int]]:
