@@ -1,8 +1,8 @@
 """Every error that a public function documents is raised in a test.
 
-The docstrings of raydeep are read for `Raises:`. A pair of function and error counts as tested if one test function
-has both: the function's name, and the error beside `raises(`. The others stand in one of two tables: DIRECT calls the
-function here, ELSEWHERE names the test that reaches it through another one.
+The docstrings of raydeep are read for `Raises:`. A pair of function and error counts as tested if a `with raises(`
+block of a test has the function's name in it and expects the error. The others stand in one of two tables: DIRECT
+calls the function here, ELSEWHERE names the test, or the hostile case, that reaches it through another one.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from hostile.table import CASES
 
 from raydeep import errors
-from raydeep.sections import Data
+from raydeep.config import Data, Job
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -54,21 +55,40 @@ def kinds(name: str) -> set[str]:
     return {other for other, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, base)}
 
 
-def calls() -> list[tuple[str, set[str], set[str]]]:
-    """Of each test function: where it is, the names that it has, the errors that it expects."""
+def raised(text: str) -> set[str]:
+    return set(re.findall(r"\b(\w+Error|SystemExit|KeyboardInterrupt)\b", text))
+
+
+def blocks(test: ast.FunctionDef) -> list[tuple[set[str], set[str]]]:
+    """Of each `with raises(` of a test: the names in its block, the errors that it expects.
+
+    Where `raises` is given a parameter, these are all errors that the test and its parameters name.
+    """
     found = []
-    for path in TESTS.rglob("test_*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                text = ast.unparse(node)
-                names = {getattr(part, "attr", getattr(part, "id", "")) for part in ast.walk(node)}
-                expected = set(re.findall(r"\b(\w+Error|SystemExit)\b", text)) if "raises(" in text else set()
-                found.append((f"{path.relative_to(TESTS)}::{node.name}", names, expected))
+    for block in (node for node in ast.walk(test) if isinstance(node, ast.With)):
+        heads = [item.context_expr for item in block.items]
+        expects = [head for head in heads if isinstance(head, ast.Call) and ast.unparse(head.func) == "pytest.raises"]
+        inside = [node for head in [*heads, *block.body] if head not in expects for node in ast.walk(head)]
+        names = {getattr(node, "attr", getattr(node, "id", "")) for node in inside}
+        if expects:
+            found.append((names, raised(ast.unparse(expects[0].args[0])) or raised(ast.unparse(test))))
     return found
 
 
-CALLS = calls()
-WHERE = {where for where, _, _ in CALLS}
+FUNCTIONS = {
+    f"{path.relative_to(TESTS)}::{node.name}": node
+    for path in TESTS.rglob("test_*.py")
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+}
+BLOCKS = [block for node in FUNCTIONS.values() for block in blocks(node)]
+
+
+class Hostile(NamedTuple):
+    """A case of tests/hostile, which its one test runs."""
+
+    group: str
+    name: str
 
 
 def gone(folder: Path) -> Data:
@@ -96,17 +116,18 @@ def labels_of(*values: Any) -> Any:
     return rows.labels_of_list(lambda i: f"row {i}", values)
 
 
-def call(module: str, name: str, *args: Any) -> Any:
+def call(module: str, name: str, *args: Any, **more: Any) -> Any:
     import importlib
 
     made = importlib.import_module(f"raydeep.{module}")
     for part in name.split("."):
         made = getattr(made, part)
-    return made(*args)
+    return made(*args, **more)
 
 
 # `module.function`, error → a call that raises it, in a fresh folder
 DIRECT: dict[tuple[str, str], Callable[[Path], Any]] = {
+    ("api.search", "DataError"): lambda f: call("api", "search", Job(data=gone(f), storage=str(f)), quiet=True),
     ("compress.masks.choose", "JobError"): lambda f: call("compress.masks", "choose", {"a": torch.rand(4)}, 0.99),
     ("compress.masks.kept_in_all", "JobError"): lambda f: call(
         "compress.masks", "kept_in_all", {"a": torch.Size([2]), "b": torch.Size([2])}, 0.75
@@ -173,6 +194,7 @@ DIRECT: dict[tuple[str, str], Callable[[Path], Any]] = {
     ("data.sharding.write", "DataError"): lambda f: call("data.sharding", "write", gone(f), f / "out", None, None),
     ("ops.runs.find", "RaydeepError"): lambda f: call("ops.runs", "find", str(f / "gone")),
     ("own.find", "RaydeepError"): lambda f: call("own", "find", "train.loss", "gone_module:x", errors.RaydeepError),
+    ("remote.split", "RaydeepError"): lambda f: call("remote", "split", "s3:///folder", "storage"),
     ("remote.check", "RaydeepError"): lambda f: call("remote", "check", "ftp://x/y", "storage"),
     ("train.cluster.join", "ResourceError"): lambda f: call("train.cluster", "join", "127.0.0.1:9"),
     ("train.pipeline.Pipeline.backward", "TrainError"): lambda f: call(
@@ -183,18 +205,16 @@ DIRECT: dict[tuple[str, str], Callable[[Path], Any]] = {
 
 REFUSED = "test_cli.py::test_a_job_that_cannot_run_is_refused_before_a_run_folder_is_made"
 NO_JOB = "test_own.py::test_a_stage_refuses_what_is_no_job"
-HOSTILE = "hostile/test_hostile.py::test_a_hostile_case_ends_as_stated"
 PREDICTED = "test_predict.py::test_what_can_not_be_read_is_named"
 NOT_FINITE = "test_cluster.py::test_a_loss_that_is_not_finite_is_one_error"
-# `module.function`, error → the test that reaches it through another function
-ELSEWHERE = {
+# `module.function`, error → the test or the case that reaches it through another function
+ELSEWHERE: dict[tuple[str, str], str | Hostile] = {
     ("api.train", "JobError"): NO_JOB,
     ("api.train", "DataError"): REFUSED,
     ("api.train", "TrainError"): NOT_FINITE,
     ("api.train", "RaydeepError"): "test_cli.py::test_a_run_is_not_resumed_on_other_data",
     ("api.search", "JobError"): NO_JOB,
-    ("api.search", "DataError"): HOSTILE,
-    ("api.search", "ModelError"): HOSTILE,
+    ("api.search", "ModelError"): Hostile("artifacts", "the spec of another network"),
     ("api.search", "TrainError"): NOT_FINITE,
     ("api.search", "RaydeepError"): "test_cluster.py::test_a_search_is_not_overwritten_by_train",
     ("compress.codecs.Stream.code", "ArtifactError"):
@@ -207,8 +227,9 @@ ELSEWHERE = {
     ("data.streamed.Streamed.read", "DataError"): "test_streamed.py::test_a_shard_that_was_replaced_is_noticed",
     ("deploy.loading.save", "ExportError"): "test_deploy.py::test_a_network_without_onnx_form_is_refused_by_name",
     ("deploy.batch.predict_source", "DataError"): PREDICTED,
-    ("deploy.batch.predict_source", "ModelError"): HOSTILE,
-    ("deploy.predict.Model.run", "ArtifactError"): HOSTILE,
+    ("deploy.batch.predict_source", "ModelError"): Hostile("artifacts", "fewer classes than outputs"),
+    ("deploy.predict.Model.run", "ArtifactError"): Hostile("artifacts", "model.onnx of random bytes"),
+    ("ops.gallery.write", "OSError"): "test_gallery.py::test_a_run_does_not_fail_of_a_picture",
     ("ops.predicting.predict", "ModelError"): "test_predict.py::test_a_folder_that_is_no_model_is_refused",
     ("ops.predicting.predict", "DataError"): PREDICTED,
     ("ops.predicting.predict", "ResourceError"): "test_documented_errors.py::test_a_function_raises_what_it_documents",
@@ -218,6 +239,7 @@ ELSEWHERE = {
         "test_documented_errors.py::test_a_search_that_ray_ended_early_is_no_search",
     ("ops.searching.search", "KeyboardInterrupt"):
         "test_documented_errors.py::test_a_search_that_ray_ended_early_is_no_search",
+    ("run.Run.front", "RaydeepError"): "test_own.py::test_a_run_tells_its_front_or_that_it_has_none",
     ("train.launch.train", "RaydeepError"): "test_cluster_faults.py::test_a_worker_that_raises_is_told_first",
     ("train.losses.of", "JobError"): "test_own.py::test_a_loss_that_can_not_be_trained_with_is_refused",
     ("train.loop.fit", "SystemExit"):
@@ -226,19 +248,21 @@ ELSEWHERE = {
 
 
 def by_name(function: str, error: str) -> bool:
-    """Whether a test function has the function's name and expects the error."""
+    """Whether a `with raises(` block has the function's name and expects the error."""
     name = function.rpartition(".")[2]
     own = function.split(".")[-2]
     return any(
-        name in names and expected & kinds(error) and (name not in COMMON or own in names)
-        for _, names, expected in CALLS
+        name in names and expected & kinds(error) and (name not in COMMON or own in names) for names, expected in BLOCKS
     )
 
 
 @pytest.mark.parametrize(("function", "error"), documented(), ids=str)
 def test_every_documented_error_is_raised_in_a_test(function, error):
-    if (function, error) in ELSEWHERE:
-        assert ELSEWHERE[function, error] in WHERE
+    where = ELSEWHERE.get((function, error))
+    if isinstance(where, Hostile):
+        assert where in {(case.group, case.name) for case in CASES}
+    elif where is not None:
+        assert where in FUNCTIONS
     else:
         assert (function, error) in DIRECT or by_name(function, error), "no test of this error: add one to DIRECT"
 

@@ -180,8 +180,12 @@ def test_the_keyboard_reaches_rows_points_and_axes(wide: Browser) -> None:
     axis.send_keys(Keys.ARROW_DOWN)  # the widest are left out
     axis = wide.driver.switch_to.active_element
     assert axis.get_attribute("aria-valuetext") == "2, 3, 4"
-    outline = [outline, wide.js("return getComputedStyle(document.activeElement.querySelector('.grip')).stroke")]
-    assert outline == ["auto", "none"] or (outline[0] == "solid" and outline[1] != "none"), outline
+    frame = wide.js(
+        "const style = getComputedStyle(document.activeElement.querySelector('.grip'));"
+        "return [style.stroke, parseFloat(style.strokeWidth)]"
+    )
+    assert outline in ("auto", "solid")
+    assert (frame[0] not in ("none", "transparent", "rgba(0, 0, 0, 0)"), frame[1] >= 2) == (True, True), frame
     bits = wide.data["points"]["config"]["quantize.weight_bits"]
     kept = [path.get_attribute("data-point") for path in wide.all("#parallel path.trial") if _shown(path)]
     assert sorted(map(int, kept)) == [i for i, b in enumerate(bits) if b != "8"]
