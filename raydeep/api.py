@@ -46,7 +46,7 @@ def train(
         RaydeepError: the run is one of a search, or in use, or storage or cluster can't be used.
     """
     job, run = _take("train", job, None, resume, force)
-    if run is not None and (run.path / "ledger.jsonl").exists():
+    if run is not None and ((run.path / "ledger.jsonl").exists() or session.origin(run) is not None):
         raise RaydeepError(f"{run.name}: the run of a search; go on with: raydeep search --resume {run.name}")
     ui = _terminal(quiet)
     with ExitStack() as stack:
@@ -110,6 +110,7 @@ def _search(job: Job, run: Run | None, start: Place | None, command: session.Com
     with ExitStack() as outer:
         with ExitStack() as stack:
             dense_of = start.path if isinstance(start, Run) else mirror.place(start, "address") if start else None
+            dense_of = dense_of if run is None else session.origin(run)
             opened = session.open_session(stack, job, run, command, ui, dense_of)
             if dense_of is not None:
                 session.take_dense(opened, dense_of)

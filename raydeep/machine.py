@@ -65,16 +65,20 @@ def memory_bytes() -> int:
         return 0
 
 
-def _git_commit() -> str | None:
+def _git_commit(file: Path = Path(__file__)) -> str | None:
+    """The commit of raydeep's own repository, with -dirty if its code has been changed since; None: it is in none.
+
+    A repository that only has this file's folder in it (that of a project, with raydeep in its .venv) does not count.
+    """
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(file.parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
-        )
+        commit = git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", file.name) else None
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".") if commit else None
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
+    return f"{commit}-dirty" if changed else commit or None

@@ -149,6 +149,13 @@ def drop(*paths: Path) -> None:
     forget(*paths)
 
 
+def follow(*paths: Path) -> None:
+    """Remove this node's copies of files that the bucket does not have any more."""
+    for path in paths:
+        if address(path) is not None and path.exists() and not exists(path):
+            path.unlink(missing_ok=True)
+
+
 def forget(*paths: Path) -> None:
     """Remove files or whole folders from the bucket alone."""
 

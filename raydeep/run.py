@@ -150,6 +150,7 @@ def check_sums(folder: Path) -> None:
 
 
 HEAVY = {"checkpoints", "models", "ray", "trials", "workers"}
+OUTCOME = ("report.html", "front.json")  # of a run that is finished
 
 
 def fetch_light(path: Path) -> None:
@@ -159,8 +160,16 @@ def fetch_light(path: Path) -> None:
         RaydeepError: there is no such run.
     """
     mirror.pull(path, lambda name: name.split("/")[0] not in HEAVY or name.split("/")[1:2] == ["dense"])
+    follow_outcome(path)
     if mirror.address(path) is not None and not (path / "job.yaml").is_file():
         raise RaydeepError(f"{mirror.name(path)}: not a run (no job.yaml); give the address that a command printed")
+
+
+def follow_outcome(path: Path) -> None:
+    """Remove what this node has of a run's outcome and its bucket no longer: not while a process here works on it."""
+    holder = lock.holder(path)
+    if holder is None or not holder.alive:
+        mirror.follow(*(path / name for name in OUTCOME))
 
 
 def storage_folder(job: Job) -> Path:
@@ -194,12 +203,13 @@ class Run:
         return f"Run({self.name!r})"
 
     @classmethod
-    def create(cls, job: Job, command: str | Callable[[str], str]) -> Run:
+    def create(cls, job: Job, command: str | Callable[[str], str], **noted: Any) -> Run:
         """Make `<storage>/<name>-<id>/`.
 
         Args:
             job: is written there.
             command: what reproduces the run, or makes that of the run's name.
+            noted: more facts for its provenance.
         """
         storage = storage_folder(job)
         run_id = f"{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -211,7 +221,7 @@ class Run:
         run = cls(path, job)
         run._write_job()
         facts = {"id": path.name, "command": command if isinstance(command, str) else command(run.name)}
-        write_json(path / "provenance.json", {**facts, **provenance(job.seed)})
+        write_json(path / "provenance.json", {**facts, **noted, **provenance(job.seed)})
         mirror.push(path / "provenance.json")
         return run
 
@@ -283,6 +293,10 @@ class Run:
                 with suppress(RaydeepError, OSError):  # what ends the command is told, not this; the folder may be gone
                     self.note(ended={"status": "stopped"} if stopped else {"status": "failed", "error": words})
                 raise
+
+    def unfinish(self) -> None:
+        """Work begins again: nobody shall take the old outcome for that of the run, however this ends."""
+        mirror.drop(*(self.path / name for name in OUTCOME))
 
     def save(self) -> None:
         """Bring what this process wrote to the bucket, where the run is kept in one; workers and trials do so too."""

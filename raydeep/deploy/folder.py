@@ -6,7 +6,7 @@ from pathlib import Path
 
 from raydeep import mirror
 from raydeep.errors import ModelError
-from raydeep.run import check_sums, read_json
+from raydeep.run import check_sums, follow_outcome, read_json
 
 
 def find(model: str | Path) -> Path:
@@ -22,6 +22,7 @@ def find(model: str | Path) -> Path:
     """
     path = mirror.place(model, "MODEL")
     mirror.pull(path, lambda name: "/" not in name)
+    follow_outcome(path)
     if not (path / "spec.json").is_file() and (path / "front.json").is_file():
         path = path / "models" / _answer(path)
         mirror.pull(path)

@@ -19,7 +19,7 @@ from raydeep.config import Job
 from raydeep.errors import RaydeepError
 from raydeep.report import words
 from raydeep.report.folder import Run, number, objectives_of
-from raydeep.run import parse_lines, storage_folder
+from raydeep.run import follow_outcome, parse_lines, storage_folder
 
 FILES = ("job.yaml", "provenance.json", "metrics.jsonl", "ledger.jsonl", "front.json", "evaluation.json")
 KINDS = ("train", "compress", "search")
@@ -109,6 +109,7 @@ def fetch(path: Path) -> None:
     holder = lock.holder(path)
     if holder is None or not holder.alive:
         mirror.pull(path, lambda name: name in FILES, deep=False)
+        follow_outcome(path)
 
 
 def read(path: Path, now: float) -> Row | None:
@@ -194,15 +195,15 @@ def _status(path: Path, run: Run, ledger: list[dict[str, Any]]) -> tuple[str, st
     holder = lock.holder(path)
     if holder is not None and holder.alive:
         return "running", f"process {holder.pid}"
+    ended = run.provenance.get("ended")
+    if isinstance(ended, dict):
+        return ("stopped", "") if ended.get("status") == "stopped" else ("failed", str(ended.get("error") or ""))
     front = run.front or {}
     broken = [str(row.get("label")) for row in front.get("unverified", []) if isinstance(row, dict)]
     if front and "dense" not in broken:
         return "finished", f"left out, not verified: {', '.join(broken)}" if broken else ""
     if front:
         return "failed", "the dense model does not predict the same in a clean process"
-    ended = run.provenance.get("ended")
-    if isinstance(ended, dict):
-        return ("stopped", "") if ended.get("status") == "stopped" else ("failed", str(ended.get("error") or ""))
     if holder is not None and holder.alive is None:
         return "unknown", f"process {holder.pid} of {holder.host} works on it, unless it was killed"
     if holder is None and mirror.address(path) is not None and not (path / lock.LOCK).exists():

@@ -68,7 +68,7 @@ def open_session(
     runtimes.check_runtimes(job.export)
     track.check(job.search.track, shared=mirror.address(storage_folder(job)) is None)
     fresh = run is None
-    run = run or Run.create(job, command)
+    run = run or Run.create(job, command, **({} if start is None else {"start": mirror.name(mirror.real(start))}))
     stack.enter_context(run.working())
     noted = read_json(run.path / "provenance.json").get("dataset", {}).get("hash", manifest.hash)
     if noted != manifest.hash:
@@ -92,6 +92,7 @@ def open_session(
         data = stream.load(manifest, job.data, lambda done, total: stage.update(done, total, "pictures decoded"))
         shared = stream.share(data)
         stage.text = f"{_workers(job)} workers, {plan.concurrent_trials} trials at once"
+    run.unfinish()
     spec |= {"mean": data.mean, "std": data.std}
     sizes = {split: len(getattr(data, split).labels) for split in ("train", "val", "test")}
     run.note(dataset={
@@ -99,6 +100,24 @@ def open_session(
         "path": mirror.name(manifest.path),
     })  # fmt: skip
     return Session(job, run, ui, manifest, plan, data, shared, spec)
+
+
+def origin(run: Run) -> Path | None:
+    """The run or model folder whose dense model a run began with (--from) and has not taken yet; None: it has one.
+
+    Raises:
+        ModelError: it is not there any more.
+    """
+    noted = read_json(run.path / "provenance.json").get("start")
+    if noted is None or (run.model("dense") / "SHA256SUMS").exists():
+        return None
+    start = mirror.place(str(noted), "start")
+    if mirror.address(start) is None and not start.is_dir():
+        raise ModelError(
+            f"{run.name}: began with --from {noted}, whose dense model it has not taken yet, and that is gone: bring "
+            f"it back, or start a new run"
+        )
+    return start
 
 
 def _keep_log(run: Run) -> None:
