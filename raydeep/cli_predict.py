@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,26 +38,25 @@ def predict(
     sets: Sets = None,
 ) -> None:
     """Label pictures with an exported model. Exit code 2 if some can't be read: the others are labelled."""
-    from raydeep.data.rows import SPLITS
-    from raydeep.deploy.folder import find
     from raydeep.ops import predicting
 
-    if split is not None and split not in SPLITS:
-        raise JobError(f"--split {split}: expected {', '.join(SPLITS)}")
     if out is not None and as_json:
         raise JobError("--json prints lines, --out writes a file: give one of them")
-    if (taken := find(model)) != mirror.place(model, "MODEL").expanduser():
-        typer.echo(f"model      {mirror.name(taken)}", err=True)
+
+    def took(folder: Path) -> None:
+        if folder != mirror.place(model, "MODEL").expanduser():
+            typer.echo(f"model      {mirror.name(folder)}", err=True)
+
     if out is None:
-        rows = predicting.predict(taken, source, split=split, batch_size=batch_size, sets=sets or [])
+        rows = predicting.predict(model, source, split=split, batch_size=batch_size, sets=sets or [], took=took)
         bad = _print(rows, as_json)
     else:
         from raydeep.ops.console import Ui
 
         ui = Ui()
         found = predicting.predict(
-            taken, source, out=out, split=split, batch_size=batch_size, sets=sets or [], top=top, workers=workers,
-            force=force, ui=ui,
+            model, source, out=out, split=split, batch_size=batch_size, sets=sets or [], top=top, workers=workers,
+            force=force, ui=ui, took=took, mute=True,
         )  # fmt: skip
         ui.say(f"predictions  {mirror.name(found.path)}")
         bad = found.bad

@@ -126,11 +126,15 @@ READ = ("spec.json", "model.safetensors", "model.rdz")  # of a model folder: wri
 MAX_SUMS_BYTES = 2**20
 
 
-def check_sums(folder: Path) -> None:
+def check_sums(folder: Path, *read: str) -> None:
     """Check `SHA256SUMS`.
 
+    Args:
+        folder: of a model.
+        read: files beside READ that the caller reads; `model.onnx` is not among those, as verifying writes it anew.
+
     Raises:
-        ModelError: a file is missing or changed, or one that commands read is not named.
+        ModelError: a file is missing or changed, or one that is read is not named.
     """
     sums = folder / "SHA256SUMS"
     if not sums.is_file():
@@ -144,7 +148,7 @@ def check_sums(folder: Path) -> None:
         if not path.is_file() or sha256_file(path) != digest:
             raise ModelError(f"{path}: missing or changed since it was written; export the model again")
         listed.add(path.name)
-    for name in READ:
+    for name in (*READ, *read):
         if name not in listed and (folder / name).exists():
             raise ModelError(f"{folder / name}: SHA256SUMS does not name it; export the model again")
 

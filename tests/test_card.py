@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from PIL import Image
 
-from raydeep.config import Data, Export, Job, parse_job
+from raydeep.config import Data, Export, Job, Model, parse_job
 from raydeep.deploy import card, verify
 from raydeep.errors import JobError
 from raydeep.model import artifact
@@ -143,7 +143,14 @@ def test_names_of_others_break_neither_the_front_matter_nor_the_page(small_run, 
 )
 def test_a_card_names_data_and_no_path(data, name):
     assert card.dataset_name(Job(data=data)) == name
-    facts = card.about(Job(data=data), "dense", {})
+    args = {"weights": "/home/someone/w.pt", "deep": [{"from": "~someone/x/y.pt", "url": "s3://bucket/z"}], "width": 8}
+    job = Job(data=data, model=Model(name="own:net", args=args))
+    trial = {"trial": 1, "config": {"model.args": args, "quantize.weight_bits": 4}}
+    facts = card.about(job, "dense", {}, trial)
+    assert facts["recipe"]["model"] == {
+        "name": "own:net", "args": {"weights": "w.pt", "deep": [{"from": "y.pt", "url": "z"}], "width": 8}
+    }  # fmt: skip
+    assert facts["values"] == {"model.args": facts["recipe"]["model"]["args"], "quantize.weight_bits": 4}
     assert "someone" not in str(facts)
     assert "bucket" not in str(facts)
 

@@ -196,6 +196,21 @@ def test_predict_needs_a_model_folder(raydeep, tmp_path):
     assert message == f"{tmp_path}: not a model folder (no spec.json), nor a finished run; see RUN/models/"
 
 
+def test_predict_tells_the_model_that_a_run_stands_for_and_checks_it_once(raydeep, small_run, tmp_path, monkeypatch):
+    from raydeep.deploy import folder
+
+    checked, real = [], folder.check_sums
+    monkeypatch.setattr(folder, "check_sums", lambda path, *read: (checked.append(path), real(path, *read)))
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    said = raydeep("predict", small_run, "a.png")
+    assert (said.code, said.out.split("\t")[0]) == (0, "a.png")
+    assert said.err == f"model      {small_run / 'models' / 't000'}\n"
+    assert checked == [small_run / "models" / "t000"]
+    assert raydeep("predict", small_run / "models" / "t000", "a.png").err == ""
+    message = refusal(raydeep("predict", small_run, "a.png", "--split", "dev"))
+    assert message == "split 'dev': expected train, val, test; leave it out for all pictures"
+
+
 def test_a_user_who_stops_a_command_is_told_how_to_go_on(train, monkeypatch):
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt

@@ -230,6 +230,7 @@ ELSEWHERE: dict[tuple[str, str], str | Hostile] = {
     ("deploy.batch.predict_source", "ModelError"): Hostile("artifacts", "fewer classes than outputs"),
     ("deploy.predict.Model.run", "ArtifactError"): Hostile("artifacts", "model.onnx of random bytes"),
     ("ops.gallery.write", "OSError"): "test_gallery.py::test_a_run_does_not_fail_of_a_picture",
+    ("ops.predicting.predict", "JobError"): "test_predict.py::test_arguments_are_checked_before_anything_is_read",
     ("ops.predicting.predict", "ModelError"): "test_predict.py::test_a_folder_that_is_no_model_is_refused",
     ("ops.predicting.predict", "DataError"): PREDICTED,
     ("ops.predicting.predict", "ResourceError"): "test_documented_errors.py::test_a_function_raises_what_it_documents",

@@ -98,6 +98,18 @@ def test_a_dense_network_that_trained_on_is_a_start_for_a_search(small_run, digi
     assert spec == artifact.load_model(small_run / "models" / "dense")[0]
 
 
+def test_a_network_that_can_not_be_saved_stays_in_its_mode(small_run, tmp_path, monkeypatch):
+    net = loading.load(small_run / "models" / "dense").train()
+
+    def refuse(*args: object, **how: object) -> None:
+        raise ModelError("no")
+
+    monkeypatch.setattr(artifact, "freeze", refuse)
+    with pytest.raises(ModelError, match="no"):
+        loading.save(net, tmp_path / "x")
+    assert net.training
+
+
 def test_save_wants_a_loaded_network(tmp_path):
     with pytest.raises(ModelError, match="expected a network of raydeep"):
         loading.save(nn.Linear(2, 2), tmp_path / "x")

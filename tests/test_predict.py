@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +28,9 @@ from raydeep.data.rows import Row, Source
 from raydeep.data.unlabelled import UNKNOWN, open_pictures
 from raydeep.deploy import predict as predict_
 from raydeep.deploy.predict import Model, Prediction, Reader
-from raydeep.errors import DataError, ModelError
+from raydeep.errors import DataError, JobError, ModelError, ResourceError
 from raydeep.ops.predicting import predict
+from raydeep.run import check_sums
 from raydeep.sections import Data
 
 DIGITS = [str(i) for i in range(10)]
@@ -293,6 +298,113 @@ def test_a_file_that_exists_is_kept(model, pictures, tmp_path):
     with pytest.raises(DataError, match=r"--out .*: a folder; name a file, such as .*/predictions\.parquet"):
         predict(model, pictures, out=tmp_path, force=True)
     assert (tmp_path / "p.parquet").read_text() == "older"
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"split": "nope"}, "split 'nope': expected train, val, test"),
+        ({"batch_size": 0}, "batch_size 0: expected a whole number, 1 or more"),
+        ({"batch_size": -1}, "batch_size -1"),
+        ({"batch_size": 2.5}, "batch_size 2.5"),
+        ({"top": 0}, "top 0"),
+        ({"workers": 0}, "workers 0"),
+    ],
+)
+def test_arguments_are_checked_before_anything_is_read(how, message):
+    with pytest.raises(JobError, match=message):
+        predict("nowhere", "nothing", **how)
+
+
+def test_a_split_that_is_none_is_refused_of_shards_too(model, digits_manifest):
+    with pytest.raises(JobError, match="split 'dev'"):
+        predict(model, digits_manifest.path, split="dev")
+
+
+def test_hidden_pictures_are_none_and_links_are_followed(model, tmp_path, files):
+    for name in (".thumbs/x.png", "._x.jpg", "4/.x.png", "4/a.png", "new/b.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(files[4])
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away" / "x.png").write_bytes(files[0])
+    (tmp_path / "in" / "link.png").symlink_to(tmp_path / "away" / "x.png")
+    (tmp_path / "in" / "gone.png").symlink_to("nowhere.png")
+    (tmp_path / "in" / "folder.png").symlink_to(tmp_path / "away")
+    rows = {str(Path(row.path).relative_to(tmp_path / "in")): row for row in predict(model, tmp_path / "in")}
+    assert list(rows) == ["4/a.png", "gone.png", "link.png", "new/b.png"]
+    assert [name for name, row in rows.items() if row.error] == ["gone.png"]
+    source = open_pictures([str(tmp_path / "in")], DIGITS, Data())
+    assert [row.label for row in source.rows] == [4, UNKNOWN, UNKNOWN, UNKNOWN]
+
+
+def test_folders_name_the_models_classes_only(tmp_path, files):
+    write_parquet(tmp_path / "p.parquet", files[:1], label=pa.array(["other"]))
+    (tmp_path / "in" / "other").mkdir(parents=True)
+    (tmp_path / "in" / "other" / "0.png").write_bytes(files[0])
+    source = open_pictures([str(tmp_path / "p.parquet"), str(tmp_path / "in")], DIGITS, Data())
+    assert [row.label for row in source.rows] == [10, UNKNOWN]  # what Parquet calls other is no class of the model
+
+
+class Counted(str):
+    """A class name that counts how often one is compared."""
+
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return str.__eq__(self, other)
+
+
+def test_a_folders_class_is_not_searched_among_all(tmp_path, files):
+    (tmp_path / "c999").mkdir()
+    (tmp_path / "c999" / "0.png").write_bytes(files[0])
+    [row] = open_pictures([str(tmp_path)], [Counted(f"c{i}") for i in range(1000)], Data()).rows
+    assert row.label == 999
+    assert Counted.compared < 10
+
+
+def test_a_network_that_the_checksums_do_not_name_is_refused(model, pictures, tmp_path):
+    folder = Path(shutil.copytree(model, tmp_path / "t000"))
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    (folder / "SHA256SUMS").write_text("".join(f"{line}\n" for line in lines if not line.endswith("model.onnx")))
+    with pytest.raises(ModelError, match=r"model\.onnx: SHA256SUMS does not name it"):
+        predict(folder, pictures)
+    check_sums(folder)  # as it is while it is verified
+
+
+# on Ray: what a failure leaves
+
+
+@pytest.fixture
+def no_ray(monkeypatch, tmp_path) -> Path:
+    """Prediction on Ray that writes on stderr and fails; gives where temporary files lie."""
+    from raydeep.deploy import batch
+    from raydeep.train import cluster
+
+    @contextmanager
+    def a_cluster(job: Any, log: Path) -> Iterator[None]:
+        log.write_text("Ray says")
+        yield
+
+    def fail(*args: Any, **how: Any) -> None:
+        os.write(2, b"core_worker says")
+        raise ResourceError("no more")
+
+    monkeypatch.setattr(cluster, "cluster", a_cluster)
+    monkeypatch.setattr(batch, "predict_source", fail)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    return tmp_path / "tmp"
+
+
+@pytest.mark.parametrize("mute", [False, True])
+def test_a_failure_leaves_no_log_and_stderr_is_the_callers(model, pictures, tmp_path, no_ray, capfd, mute):
+    with pytest.raises(ResourceError, match="no more"):
+        predict(model, pictures, out=tmp_path / "p.parquet", mute=mute)
+    assert list(no_ray.iterdir()) == []
+    os.write(2, b" after")
+    assert capfd.readouterr().err == (" after" if mute else "core_worker says after")
 
 
 # how much is held

@@ -19,7 +19,7 @@ import numpy as np
 from raydeep import mirror, own
 from raydeep.data import decode, shards, tables, tars
 from raydeep.data import rows as rows_
-from raydeep.data.files import AWAY, Files, open_files
+from raydeep.data.files import AWAY, AWAY_FOLDER, LOOP, Files, open_files
 from raydeep.data.rows import SPLITS, SUFFIXES, Labels, Picture, Row, Source, printable, split_of
 from raydeep.data.sources import open_source
 from raydeep.errors import DataError
@@ -142,13 +142,17 @@ def _local(path: Path, names: Names, cfg: Data, split: str | None) -> Iterator[S
                 if entry.suffix.lower() in (".parquet", *TARS):
                     yield _packed(Files(str(path)), entry.name, names, cfg)
             return
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        rows = [_file(p, p.relative_to(path).parts[:-1], names) for p in found]
+        rows = []
+        for file in Files(str(path)).entries():
+            if Path(file.path).suffix.lower() in SUFFIXES and file.fault not in (AWAY_FOLDER, LOOP):
+                part, label = _folders(file.path.split("/")[:-1], names)
+                whole = str(path / file.path)
+                rows.append(Row(printable(whole), label, part, whole, file.size))
         yield Source([], rows, _read_local)
     elif path.is_file() and path.name.lower().endswith((".parquet", *TARS, *TABLES)):
         yield _packed(Files(str(path.parent)), path.name, names, cfg)
     elif path.is_file():
-        yield Source([], [_file(path, (), names)], _read_local)
+        yield Source([], [Row(printable(str(path)), UNKNOWN, None, str(path), path.stat().st_size)], _read_local)
     else:
         raise DataError(f"{path}: no such picture or folder")
 
@@ -191,12 +195,8 @@ def _folders(above: Sequence[str], names: Names) -> tuple[str | None, int]:
     """Split and label as the folders above a picture say: (SPLIT/)CLASS/…; other folders say nothing."""
     split = above[0] if above and above[0] in SPLITS else None
     rest = above[1:] if split else above
-    return split, names.numbers[rest[0]] if rest and rest[0] in names.model else UNKNOWN
-
-
-def _file(path: Path, above: Sequence[str], names: Names) -> Row:
-    split, label = _folders(above, names)
-    return Row(printable(str(path)), label, split, str(path), path.stat().st_size)
+    number = names.numbers.get(rest[0], UNKNOWN) if rest else UNKNOWN
+    return split, number if number < len(names.model) else UNKNOWN
 
 
 def _read_local(wanted: Iterable[Row]) -> Iterator[Picture]:

@@ -1,8 +1,8 @@
 """Batch prediction on Ray Data: actors with onnxruntime label units of rows, the driver writes one Parquet file.
 
 What travels to an actor is an index of rows, what comes back are probabilities: pictures are read, decoded and dropped
-where the network is, a batch at a time, so that memory does not depend on the number of pictures. The driver holds the
-index (path, label and place of each picture).
+where the network is, a batch at a time. What grows with their number is the index that the driver holds: path, label
+and place of each, about 300 bytes, under 100 of them when they travel.
 
 N: rows of a unit; K: classes.
 """

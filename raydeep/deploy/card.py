@@ -20,6 +20,7 @@ from raydeep.data.decode import ALPHA_MODES, GREY_MODES
 from raydeep.deploy import gate
 from raydeep.fields import TORCHVISION
 from raydeep.model import artifact
+from raydeep.remote import SCHEME
 from raydeep.run import json_bytes, read_json, write_summed
 
 RECIPE = {"model", "augment", "train", "prune", "quantize", "distill", "recover"}
@@ -37,6 +38,7 @@ def about(job: Job, label: str, provenance: dict[str, Any], trial: dict[str, Any
     """
     values = {} if trial is None else dict(trial["config"])
     recipe = job.with_values(values).model_dump(mode="json", include=RECIPE, exclude_defaults=True)
+    recipe, values = _without_paths(recipe), _without_paths(values)
     for section, key in ((recipe.get("distill", {}), "teacher"), (values, "distill.teacher")):
         if key in section:
             section[key] = _last(section[key])
@@ -55,6 +57,17 @@ def dataset_name(job: Job) -> str:
     if job.data.path is None or job.data.source.startswith(TORCHVISION):
         return job.data.source.removeprefix(TORCHVISION)
     return _last(job.data.path)
+
+
+def _without_paths(value: Any) -> Any:
+    """A value of a job; of absolute paths and of addresses in it, at any depth, only the last part."""
+    if isinstance(value, dict):
+        return {key: _without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_paths(inner) for inner in value]
+    if isinstance(value, str) and (value[:1] in ("/", "~") or SCHEME.match(value)):
+        return _last(value)
+    return value
 
 
 def _last(path: str) -> str:

@@ -9,12 +9,13 @@ from raydeep.errors import ModelError
 from raydeep.run import check_sums, follow_outcome, read_json
 
 
-def find(model: str | Path) -> Path:
+def find(model: str | Path, *read: str) -> Path:
     """A whole model folder on this machine, its checksums checked; one in a bucket is fetched.
 
     Args:
         model: a model folder (RUN/models/LABEL), or a run that has one answer: its dense model if it was a training,
             else the model that its report names. An s3:// or gs:// address of either.
+        read: files of it that the caller reads, see `check_sums`.
 
     Raises:
         ModelError: it is neither, the run has no one answer, or a file is missing or changed.
@@ -28,7 +29,7 @@ def find(model: str | Path) -> Path:
         mirror.pull(path)
     if not (path / "spec.json").is_file():
         raise ModelError(f"{mirror.name(path)}: not a model folder (no spec.json), nor a finished run; see RUN/models/")
-    check_sums(path)
+    check_sums(path, *read)
     return path
 
 

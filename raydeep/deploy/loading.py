@@ -97,7 +97,9 @@ def save(model: nn.Module, out: str | Path) -> Path:
     if path.exists():
         raise ModelError(f"{path}: exists; name a new folder or remove it")
     training = model.training
-    spec, tensors = artifact.freeze(model.eval(), {**about.spec, "folded": [], "layers": {}}, fold=False)
-    model.train(training)
+    try:
+        spec, tensors = artifact.freeze(model.eval(), {**about.spec, "folded": [], "layers": {}}, fold=False)
+    finally:
+        model.train(training)
     export.write_model(path, pack.pack({**spec, "folded": about.spec["folded"]}, tensors))
     return path

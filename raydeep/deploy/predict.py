@@ -59,7 +59,7 @@ class Model(NamedTuple):
         Raises:
             ModelError: it is none, or a file is missing or changed.
         """
-        path = folders.find(model)
+        path = folders.find(model, "model.onnx")
         if not (path / "model.onnx").is_file():
             raise ModelError(f"{path}: not a model folder that can predict (no model.onnx); export the model again")
         shape, classes = _spec(path)

@@ -6,15 +6,16 @@ import glob
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from rich.console import Console
 
 from raydeep import mirror
-from raydeep.errors import DataError
+from raydeep.errors import DataError, JobError
 from raydeep.ops.console import Ui
 
 if TYPE_CHECKING:
@@ -27,19 +28,20 @@ Texts = str | Path | Sequence[str | Path]
 @overload
 def predict(
     model: str | Path, source: Texts, *, out: None = None, split: str | None = None, batch_size: int | None = None,
-    sets: Sequence[str] = (),
+    sets: Sequence[str] = (), took: Callable[[Path], None] | None = None,
 ) -> Iterator[Prediction]: ...  # fmt: skip
 @overload
 def predict(
     model: str | Path, source: Texts, *, out: str | Path, split: str | None = None, batch_size: int | None = None,
     sets: Sequence[str] = (), top: int = 5, workers: int | None = None, force: bool = False, ui: Ui | None = None,
+    took: Callable[[Path], None] | None = None, mute: bool = False,
 ) -> Summary: ...  # fmt: skip
 
 
 def predict(
     model: str | Path, source: Texts, *, out: str | Path | None = None, split: str | None = None,
     batch_size: int | None = None, sets: Sequence[str] = (), top: int = 5, workers: int | None = None,
-    force: bool = False, ui: Ui | None = None,
+    force: bool = False, ui: Ui | None = None, took: Callable[[Path], None] | None = None, mute: bool = False,
 ) -> Iterator[Prediction] | Summary:  # fmt: skip
     """Label pictures with an exported model.
 
@@ -59,11 +61,14 @@ def predict(
         workers: with `out`: processes, of one core each; None: all cores.
         force: replace `out`.
         ui: where to show how far it is; None: nowhere.
+        took: called with the model folder that `model` stands for, before a picture is looked for.
+        mute: with `out`: while Ray runs, nothing that this process writes on stderr is shown, as Ray's C++ parts do.
 
     Returns:
         Without `out`, a Prediction a picture, as they are made; with it, the counts.
 
     Raises:
+        JobError: `split` is none, or `batch_size`, `top` or `workers` is no whole number above 0; or `sets` are wrong.
         ModelError: the model is none, or a file of it is missing or changed.
         DataError: a source is not there or can't be read, or `out` exists.
         ResourceError: Ray can't be started or joined.
@@ -72,9 +77,12 @@ def predict(
     from raydeep.data.unlabelled import open_pictures
     from raydeep.deploy import predict as here
 
+    _check(split, batch_size=batch_size, top=top, workers=workers)
     job = parse_sets({}, list(sets), "--set")
     target = None if out is None else _target(out, force)
     opened = here.Model.open(model)
+    if took is not None:
+        took(opened.path)
     texts = [source] if isinstance(source, (str, Path)) else source
     names = [str(text) if target is None else _absolute(str(text)) for text in texts]
     pictures = open_pictures(names, opened.classes, job.data, split)
@@ -83,9 +91,12 @@ def predict(
         return here.predict(opened, pictures, size, job.data.max_pixels)
     from raydeep.train import cluster
 
-    log = Path(tempfile.mkdtemp(prefix="raydeep-predict-")) / "ray.log"
-    with (ui or Ui(Console(quiet=True))).stage("predict") as stage:
-        with cluster.cluster(job, log), _stderr_to(log):
+    with (
+        tempfile.TemporaryDirectory(prefix="raydeep-predict-") as folder,
+        (ui or Ui(Console(quiet=True))).stage("predict") as stage,
+    ):
+        log = Path(folder) / "ray.log"
+        with cluster.cluster(job, log), _stderr_to(log) if mute else nullcontext():
             from raydeep.deploy import batch
             from raydeep.ops.datasets import rate
 
@@ -94,9 +105,17 @@ def predict(
                 tell=rate(stage),
             )  # fmt: skip
         stage.text = told(found)
-    log.unlink(missing_ok=True)
-    log.parent.rmdir()
     return found
+
+
+def _check(split: str | None, **counts: int | None) -> None:
+    from raydeep.data.rows import SPLITS
+
+    if split is not None and split not in SPLITS:
+        raise JobError(f"split {split!r}: expected {', '.join(SPLITS)}; leave it out for all pictures")
+    for name, count in counts.items():
+        if count is not None and (not isinstance(count, Integral) or count < 1):
+            raise JobError(f"{name} {count!r}: expected a whole number, 1 or more")
 
 
 def _absolute(text: str) -> str:
