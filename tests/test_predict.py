@@ -329,6 +329,7 @@ def test_hidden_pictures_are_none_and_links_are_followed(model, tmp_path, files)
     (tmp_path / "away" / "x.png").write_bytes(files[0])
     (tmp_path / "in" / "link.png").symlink_to(tmp_path / "away" / "x.png")
     (tmp_path / "in" / "gone.png").symlink_to("nowhere.png")
+    (tmp_path / "in" / "device.png").symlink_to("/dev/zero")
     (tmp_path / "in" / "folder.png").symlink_to(tmp_path / "away")
     rows = {str(Path(row.path).relative_to(tmp_path / "in")): row for row in predict(model, tmp_path / "in")}
     assert list(rows) == ["4/a.png", "gone.png", "link.png", "new/b.png"]

@@ -19,7 +19,7 @@ import numpy as np
 from raydeep import mirror, own
 from raydeep.data import decode, shards, tables, tars
 from raydeep.data import rows as rows_
-from raydeep.data.files import AWAY, AWAY_FOLDER, LOOP, Files, open_files
+from raydeep.data.files import AWAY, DANGLING, Files, open_files
 from raydeep.data.rows import SPLITS, SUFFIXES, Labels, Picture, Row, Source, printable, split_of
 from raydeep.data.sources import open_source
 from raydeep.errors import DataError
@@ -144,7 +144,8 @@ def _local(path: Path, names: Names, cfg: Data, split: str | None) -> Iterator[S
             return
         rows = []
         for file in Files(str(path)).entries():
-            if Path(file.path).suffix.lower() in SUFFIXES and file.fault not in (AWAY_FOLDER, LOOP):
+            there = file.fault in ("", DANGLING) or (path / file.path).is_file()  # no device, nor a folder
+            if there and Path(file.path).suffix.lower() in SUFFIXES:
                 part, label = _folders(file.path.split("/")[:-1], names)
                 whole = str(path / file.path)
                 rows.append(Row(printable(whole), label, part, whole, file.size))
