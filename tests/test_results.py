@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -32,6 +33,13 @@ def test_the_tables_are_those_that_make_bench_report_writes(report, tmp_path):
     report.main()
     for page in ("README.md", "benchmarks/README.md"):
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"{page}: make bench-report"
+
+
+def test_no_table_is_empty():
+    for page in ("README.md", "benchmarks/README.md"):
+        found = re.findall(r"<!-- ([\w-]+) -->\n(.*?)<!-- /\1 -->", (ROOT / page).read_text(), re.DOTALL)
+        assert found
+        assert [name for name, table in found if not table.strip()] == []
 
 
 def test_a_table_that_was_changed_by_hand_is_seen(report, tmp_path):

@@ -250,6 +250,7 @@ class Silent(Client):
         threading.Timer(0.3, os.kill, (os.getpid(), {int(kind)})).start()
         await asyncio.sleep(3600)
 signal.signal(signal.SIGTERM, cli._terminated)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
 code = submit.follow(Silent("", []), "j", print, lambda: False)
 print("left" if code is None else code)
 """
