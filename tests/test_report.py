@@ -555,7 +555,8 @@ def test_files_that_differ_are_named(tmp_path: Path) -> None:
     front["models"][0]["onnx_differ"] = 2
     dump(run / "front.json", front)
     text, label = Page(write_report(run)).text, front["models"][0]["label"]
-    assert f"on the 360 validation and test images, predicts differently only 2 by {label} (onnx)." in text
+    assert "on the 360 validation and test images, predicts the same as its model; " in text
+    assert f"predictions that differ: 2 by {label} (onnx)." in text
 
 
 def test_no_run_folder(tmp_path: Path) -> None:

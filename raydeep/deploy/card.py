@@ -43,9 +43,13 @@ def about(job: Job, label: str, provenance: dict[str, Any], trial: dict[str, Any
         if key in section:
             section[key] = _last(section[key])
     known = provenance.get("dataset", {})
+    start = provenance.get("start")
+    if start:  # trained by another run, whose job says how
+        recipe.pop("train", None)
     return {
         "name": f"{job.name}-{label}", "job": job.name, "label": label, "trial": trial and trial["trial"],
         "license": job.export.license, "seed": job.seed, "values": values, "recipe": recipe,
+        "dense_from": _last(str(start)) if start else None,
         "dataset": {"name": dataset_name(job), **{k: known.get(k) for k in ("hash", "rows", "image")}},
         "raydeep": provenance.get("raydeep"), "git_commit": provenance.get("git_commit"),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -175,6 +179,7 @@ def _measured(measured: dict[str, Any]) -> list[str]:
     worst = measured.get("worst_class")
     rows = [
         ("test accuracy", f"{measured['test_accuracy_onnx']:.2%} of {measured['test_rows']:,}"),
+        ("test accuracy of model.rdz", f"{measured['test_accuracy']:.2%}"),
         ("validation accuracy", f"{measured['val_accuracy_onnx']:.2%} of {measured['val_rows']:,}"),
     ]  # fmt: skip
     if worst:
@@ -190,8 +195,8 @@ def _measured(measured: dict[str, Any]) -> list[str]:
         f"On {_text(measured['hardware']['cpu'])}, the median of {measured['latency_rounds']} rounds. The gate "
         f"{said}: of {measured['rows']:,} predictions the packed file gave {measured['packed_differ']:,} other than "
         f"when it was scored (0 may differ), the ONNX file {measured['onnx_differ']:,} other than the packed file "
-        f"(at most {gate.DIFFER_SHARE:.0%} of each split may, and accuracy by {gate.ACCURACY_SHARE:.1%}). More: "
-        "`verify.json`.",
+        f"(at most {gate.DIFFER_SHARE:.0%} of each split may, and accuracy by {gate.ACCURACY_SHARE:.1%}; of a small "
+        "split one prediction). Accuracies are those of model.onnx, unless another file is named. More: `verify.json`.",
     ]  # fmt: skip
     return ["\n".join(lines)]
 
@@ -231,6 +236,8 @@ def _origin(known: dict[str, Any]) -> list[str]:
     recipe = yaml.safe_dump({"seed": known["seed"], **known["recipe"]}, sort_keys=False, allow_unicode=True)
     commit = f", commit `{known['git_commit']}`" if known["git_commit"] else ""
     trial = f"trial {known['trial']} of a search" if known["trial"] is not None else "the dense model"
+    if known.get("dense_from"):
+        trial += f", the dense model from `{_text(known['dense_from'])}`"
     return [
         f"## Provenance\n\nraydeep {known['raydeep']}{commit}, {known['created']}; job `{known['job']}`, {trial}. What "
         f"the job sets, its other keys at their defaults:\n\n```yaml\n{recipe}```"

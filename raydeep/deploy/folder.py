@@ -27,6 +27,10 @@ def find(model: str | Path, *read: str) -> Path:
     if not (path / "spec.json").is_file() and (path / "front.json").is_file():
         path = path / "models" / _answer(path)
         mirror.pull(path)
+    if not path.is_dir():
+        beside = sorted(p.parent.name for p in path.parent.glob("*/spec.json")) if path.parent.is_dir() else []
+        there = f"; there are {', '.join(beside[:12])}" if beside else "; see RUN/models/"
+        raise ModelError(f"{mirror.name(path)}: no such folder{there}")
     if not (path / "spec.json").is_file():
         raise ModelError(f"{mirror.name(path)}: not a model folder (no spec.json), nor a finished run; see RUN/models/")
     check_sums(path, *read)

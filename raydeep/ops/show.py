@@ -100,6 +100,7 @@ def facts(path: Path, now: float) -> dict[str, Any]:
         "command": run.provenance.get("command"),
         "dataset": known if isinstance(known, dict) else {},
         "job_values": run.job,
+        "start": run.provenance.get("start"),
         "front": models,
         "best": (run.front or {}).get("best") or {},
         "unverified": (run.front or {}).get("unverified") or [],
@@ -136,7 +137,7 @@ def show(path: Path, now: float, ui: Ui) -> None:
     ui.say(found["headline"])
     ui.say(found["explained"])
     ui.say("")
-    for name, value in _job(found["job_values"], found["dataset"], row.kind or ""):
+    for name, value in _job(found["job_values"], found["dataset"], row.kind or "", found["start"]):
         ui.say(f"{name:<10} {value}")
     dense, models = (found["front"] or [None])[0], found["front"][1:]
     if dense is not None and dense.get("label") == "dense":
@@ -157,8 +158,8 @@ def show(path: Path, now: float, ui: Ui) -> None:
         ui.say(f"{what + ':':<16} {command}")
 
 
-def _job(job: dict[str, Any], dataset: dict[str, Any], kind: str) -> list[tuple[str, str]]:
-    """The job in a few lines."""
+def _job(job: dict[str, Any], dataset: dict[str, Any], kind: str, start: str | None) -> list[tuple[str, str]]:
+    """The job in a few lines; `start`: the run whose dense model it took."""
     model, data, train, search = (
         part if isinstance(part := job.get(name), dict) else {} for name in ("model", "data", "train", "search")
     )
@@ -175,6 +176,8 @@ def _job(job: dict[str, Any], dataset: dict[str, Any], kind: str) -> list[tuple[
         ("data", "; ".join(source)),
         ("training", "; ".join([str(model.get("name", "?")), ", ".join(map(str.strip, taught))])),
     ]
+    if start:
+        out[1] = ("training", f"{model.get('name', '?')}; as in {start}")
     if kind == "search":
         space = search.get("space")
         aims = search.get("objectives")

@@ -90,8 +90,8 @@ def verification(run: Run) -> str:
         for key, kind in (("packed_differ", "packed"), ("onnx_differ", "onnx"))
         if number(row.get(key))
     ]
-    same = f"predicts differently only {', '.join(differ)}" if differ else "predicts the same as its model"
-    return f"Every file was loaded again in a clean process and, on the {over}, {same}."
+    same = f"; predictions that differ: {', '.join(differ)}" if differ else ""
+    return f"Every file was loaded again in a clean process and, on the {over}, predicts the same as its model{same}."
 
 
 def per_class(confusion: dict[str, Any]) -> list[dict[str, Any]]:
