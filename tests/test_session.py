@@ -109,7 +109,7 @@ def test_other_nodes_see_that_an_outcome_is_gone(job, bucket, on):
         look(there)
         assert not (there / "front.json").exists()
     (there / "front.json").write_text('{"models": []}')  # just written, not pushed yet
-    with lock.held(there), pytest.raises(ModelError, match="not a model folder"):
+    with lock.held(there), pytest.raises(ModelError, match="no such folder"):
         folder.find(there)
     assert (there / "front.json").exists()
     (there / "front.json").write_text('{"answer": "dense"}')
