@@ -180,4 +180,4 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path, home, small_run):
     process.kill()
     process.communicate(timeout=60)
     assert not out.exists()
-    wait_for(lambda: not ray_processes(home), 60, "Ray to end")
+    wait_for(lambda: not ray_processes(home), 180, "Ray to end")  # which looks for its driver now and then
