@@ -413,3 +413,26 @@ def test_streams_end_with_no_more_bytes_than_they_need():
     drawn = [rng.integers(-3, 4, count) * (rng.random(count) < 0.3) for count in range(1, 300)]
     blobs = [pack._encode(torch.from_numpy(values.astype(np.int8)), None)[1] for values in drawn]
     assert sum(map(len, blobs)) <= 9986
+
+
+def test_the_limit_on_zeros_is_that_of_unpack_to_the_byte(monkeypatch):
+    zeros = {"w": torch.zeros(1000, dtype=torch.int8)}
+    data = pack.pack({}, zeros)
+    monkeypatch.setattr(pack, "ELEMENTS_PER_BYTE", 1)
+    monkeypatch.setattr(pack, "FREE_ELEMENTS", 1000 - len(data))
+    assert pack.pack({}, zeros) == data
+    assert torch.equal(pack.unpack(data)[1]["w"], zeros["w"])
+    monkeypatch.setattr(pack, "FREE_ELEMENTS", 999 - len(data))
+    with pytest.raises(ModelError, match="more zeros than the packed file may stand for"):
+        pack.pack({}, zeros)
+    with pytest.raises(ArtifactError, match="it claims"):
+        pack.unpack(data)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "step", "found"), [("float32", 0.5, True), ("float64", 0.5, False), ("float32", 1, False)]
+)
+def test_a_bias_has_a_grid_where_both_its_steps_are_known(dtype, step, found):
+    spec = {"layers": {"conv": {"activation": {"step": step}}}}
+    steps = pack._steps(spec, {"conv.weight.scale": torch.ones(3, dtype=getattr(torch, dtype))}, "conv.bias")
+    assert (steps is not None) == found
