@@ -1,6 +1,6 @@
 """raydeep: augment, train, compress and search image classifiers on Ray, from one job file.
 
-The command line calls these and nothing else:
+The commands of these names call these:
 
 - `Job`, `load_job`: a job, made in Python or read from its file
 - `train`, `compress`, `search`: a job → a `Run`
