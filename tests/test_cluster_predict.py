@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,9 +172,17 @@ def test_the_command_says_what_it_did_and_what_is_bad(tmp_path, home, small_run,
     assert {len(top) for top in found.column("top").to_pylist() if top} == {2}
 
 
-def test_a_kill_leaves_nothing_under_the_name(tmp_path, home, small_run):
+@pytest.fixture
+def apart() -> Iterator[Path]:
+    """A folder for a Ray of the command's own: in `home` lives the one that other tests share."""
+    path = Path(tempfile.mkdtemp(prefix="rd"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def test_a_kill_leaves_nothing_under_the_name(tmp_path, apart, small_run):
     out = tmp_path / "out" / "p.parquet"
-    process = start(home, "predict", str(small_run), "synthetic", "--set", "data.rows=400000", "--out", str(out))
+    process = start(apart, "predict", str(small_run), "synthetic", "--set", "data.rows=400000", "--out", str(out))
     wait_for(
         lambda: process.poll() is not None or list(out.parent.glob(".p.parquet.*.part")), 120, "a part of the file"
     )
@@ -180,4 +190,4 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path, home, small_run):
     process.kill()
     process.communicate(timeout=60)
     assert not out.exists()
-    wait_for(lambda: not ray_processes(home), 180, "Ray to end")  # which looks for its driver now and then
+    wait_for(lambda: not ray_processes(apart), 60, "Ray to end")
