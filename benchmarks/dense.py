@@ -80,8 +80,8 @@ def dense(name: str, data: Path, cache: Path, seed: int, epochs: int | None = No
     from raydeep.compress.plan import Dense
     from raydeep.data.augment import Augmenter
     from raydeep.data.batches import Batches
+    from raydeep.disk import write_json
     from raydeep.model import artifact
-    from raydeep.run import write_json
     from raydeep.train import losses
     from raydeep.train.loop import fit
 

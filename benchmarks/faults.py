@@ -132,7 +132,7 @@ class Training:
 
 
 def _lines(path: Path | None) -> list[dict[str, Any]]:
-    from raydeep.run import read_lines
+    from raydeep.disk import read_lines
 
     return read_lines(path) if path is not None else []
 

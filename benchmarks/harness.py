@@ -137,8 +137,8 @@ def finish(
         seed: of the data and the draws.
         facts: further fields of the provenance (threads, data, …).
     """
+    from raydeep.disk import write_json
     from raydeep.machine import provenance
-    from raydeep.run import write_json
 
     whole = {
         "benchmark": benchmark,

@@ -206,7 +206,7 @@ def _stream_row(nodes: int, found: list[list[Pulled]], units: int, sleep_s: floa
 
 def file_rows(rounds: int) -> Iterator[dict[str, Any]]:
     """What the driver's looks at metrics.jsonl cost it, and a worker's line of its whereabouts, on this disk."""
-    from raydeep.run import read_lines, write_json
+    from raydeep.disk import read_lines, write_json
 
     where = {"rank": 1, "node": "n", "pid": 1, "stage": "computes", "step": 1, "idle_s": 0.1, "time": 1.5}
     meter = dict.fromkeys(("wait", "read", "decode", "transfer", "augment", "step"), 0.123456789)

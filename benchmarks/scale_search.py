@@ -21,7 +21,7 @@ import harness
 from scale_raylets import CPUS, raylets
 
 from raydeep.config import Job, parse_job
-from raydeep.run import read_lines
+from raydeep.disk import read_lines
 from raydeep.search.engine import Engine
 from raydeep.search.ledger import Ledger
 

@@ -37,7 +37,7 @@ from soak_watch import (
     sessions,
 )
 
-from raydeep.run import append_line
+from raydeep.disk import append_line
 
 SLOTS = WORKERS * CPUS  # trials at once
 TRIALS = 60

@@ -177,7 +177,7 @@ class Search:
 
 def lines(folder: Path | None, name: str) -> list[dict[str, Any]]:
     """Of a file of the run."""
-    from raydeep.run import read_lines
+    from raydeep.disk import read_lines
 
     return read_lines(folder / name) if folder is not None else []
 

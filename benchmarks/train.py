@@ -37,8 +37,8 @@ from raydeep.data import shards
 from raydeep.data.augment import Augmenter
 from raydeep.data.batches import Batches
 from raydeep.data.resident import Pixels, moments
+from raydeep.disk import read_lines
 from raydeep.model import zoo
-from raydeep.run import read_lines
 from raydeep.train import checkpoint, losses
 from raydeep.train.loop import fit
 from raydeep.train.parallel import rank_world

@@ -170,9 +170,9 @@ def small_run(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path
     from raydeep.data.augment import Augmenter
     from raydeep.data.batches import Batches
     from raydeep.deploy import card, export, verify
+    from raydeep.disk import write_json
     from raydeep.machine import provenance
     from raydeep.model import artifact
-    from raydeep.run import write_json
     from raydeep.train import losses
     from raydeep.train.loop import fit
 

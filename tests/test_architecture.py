@@ -31,9 +31,9 @@ JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 
 # A module may import from its own package and from those left of it.
 ORDER = [
-    "__init__", "errors", "own", "remote", "safeyaml", "fields", "recipe", "sections", "tuning", "config", "machine",
-    "mirror", "lock", "run", "data", "model", "train", "compress", "deploy", "search", "report", "ops", "api",
-    "cli_cluster", "cli_predict", "cli_runs", "cli",
+    "__init__", "errors", "disk", "own", "remote", "safeyaml", "fields", "recipe", "sections", "tuning", "config",
+    "machine", "mirror", "lock", "run", "data", "model", "train", "compress", "deploy", "search", "report", "ops",
+    "api", "cli_cluster", "cli_predict", "cli_runs", "cli",
 ]  # fmt: skip
 MAX_LINES = 400
 

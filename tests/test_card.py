@@ -20,10 +20,10 @@ from PIL import Image
 
 from raydeep.config import Data, Export, Job, Model, parse_job
 from raydeep.deploy import card, verify
+from raydeep.disk import check_sums, json_bytes, read_json, write_bytes, write_summed, write_sums
 from raydeep.errors import JobError
 from raydeep.model import artifact
 from raydeep.ops.predicting import predict
-from raydeep.run import check_sums, json_bytes, read_json, write_bytes, write_summed, write_sums
 
 THREE = ("onnxruntime", "numpy", "pillow")
 # Refuses every import of what is installed, but for the three packages and what they import themselves.
@@ -181,16 +181,16 @@ def test_checksums_hold_whenever_the_writing_stops(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("a")
     (tmp_path / "b").write_text("b")
     write_sums(tmp_path)
-    from raydeep import run
+    from raydeep import disk
 
-    held, real = [], run.write_bytes
+    held, real = [], disk.write_bytes
 
     def write(path: Path, data: bytes) -> None:
         real(path, data)
         check_sums(tmp_path)
         held.append(path.name)
 
-    monkeypatch.setattr(run, "write_bytes", write)
+    monkeypatch.setattr(disk, "write_bytes", write)
     write_summed(tmp_path, {"b": b"new", "c": b"c"})
     assert held == ["SHA256SUMS", "b", "c", "SHA256SUMS"]
     assert [line.split()[1] for line in (tmp_path / "SHA256SUMS").read_text().splitlines()] == ["a", "b", "c"]

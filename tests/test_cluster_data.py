@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import ray_processes, run, start, wait_for
 
-from raydeep.run import read_lines, sha256_file
+from raydeep.disk import read_lines, sha256_file
 
 pytestmark = pytest.mark.cluster
 

@@ -21,7 +21,8 @@ import pytest
 from commands import ray_processes, wait_for
 
 from raydeep.data import order, shards, splits
-from raydeep.run import Run, read_json, read_lines
+from raydeep.disk import read_json, read_lines
+from raydeep.run import Run
 
 pytestmark = pytest.mark.cluster
 

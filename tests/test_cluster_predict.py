@@ -22,8 +22,8 @@ from raydeep.data import decode
 from raydeep.data.unlabelled import open_pictures
 from raydeep.deploy import predict as predict_
 from raydeep.deploy.predict import Model
+from raydeep.disk import sha256_file
 from raydeep.errors import DataError
-from raydeep.run import sha256_file
 from raydeep.sections import Data
 
 pytestmark = pytest.mark.cluster

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from commands import ray_processes, run, start, wait_for
 
-from raydeep.run import read_lines
+from raydeep.disk import read_lines
 
 JOBS = Path(__file__).parent.parent / "jobs"
 QUICK = ["--set", "export.latency_rounds=3", "--set", "export.max_models=2"]

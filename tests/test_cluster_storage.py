@@ -18,7 +18,8 @@ from commands import wait_for
 from raylets import Raylets
 
 from raydeep import mirror
-from raydeep.run import Run, check_sums, parse_lines, read_json
+from raydeep.disk import check_sums, parse_lines, read_json
+from raydeep.run import Run
 
 pytestmark = pytest.mark.cluster
 

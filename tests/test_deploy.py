@@ -22,10 +22,10 @@ from raydeep.data.augment import Augmenter, to_input
 from raydeep.data.batches import Batches
 from raydeep.data.resident import Dataset, Pixels
 from raydeep.deploy import export, gate, runtimes, verify
+from raydeep.disk import read_json, write_json
 from raydeep.errors import ArtifactError, ExportError
 from raydeep.machine import usable_cores
 from raydeep.model import artifact
-from raydeep.run import read_json, write_json
 from raydeep.train import losses
 from raydeep.train.loop import fit
 

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from raydeep.config import Job
+from raydeep.disk import write_json
 from raydeep.ops import front
 from raydeep.recipe import Export
 from raydeep.report import words
 from raydeep.report.folder import read_run
-from raydeep.run import Run, write_json
+from raydeep.run import Run
 from raydeep.tuning import Search
 
 

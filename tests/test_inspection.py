@@ -14,7 +14,7 @@ from PIL import Image
 
 from raydeep.config import Data
 from raydeep.data import inspection, sharding, shards
-from raydeep.run import sha256_file
+from raydeep.disk import sha256_file
 
 SIDE = 48
 

@@ -14,9 +14,9 @@ from raydeep import mirror
 from raydeep.compress import pack
 from raydeep.data.batches import eval_batches
 from raydeep.deploy import folder, loading, runtimes
+from raydeep.disk import check_sums, read_json, write_json, write_sums
 from raydeep.errors import ArtifactError, ModelError
 from raydeep.model import artifact
-from raydeep.run import check_sums, read_json, write_json, write_sums
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ import pytest
 
 from raydeep import mirror, remote
 from raydeep.config import parse_sets
+from raydeep.disk import append_line, read_json, read_lines, write_bytes
 from raydeep.errors import JobError, RaydeepError, StorageError
-from raydeep.run import Run, append_line, read_json, read_lines, write_bytes
+from raydeep.run import Run
 
 
 def write(path: Path, data: bytes) -> Path:

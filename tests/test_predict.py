@@ -28,9 +28,9 @@ from raydeep.data.rows import Row, Source
 from raydeep.data.unlabelled import UNKNOWN, open_pictures
 from raydeep.deploy import predict as predict_
 from raydeep.deploy.predict import Model, Prediction, Reader
+from raydeep.disk import check_sums
 from raydeep.errors import DataError, JobError, ModelError, ResourceError
 from raydeep.ops.predicting import predict
-from raydeep.run import check_sums
 from raydeep.sections import Data
 
 DIGITS = [str(i) for i in range(10)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raydeep import run as runs
+from raydeep import disk
 from raydeep.config import Job
 from raydeep.errors import RaydeepError, ResourceError
 from raydeep.run import Run
@@ -19,14 +19,14 @@ from raydeep.tuning import Search
 
 
 def write_half(path: Path) -> None:
-    with runs.atomic(path) as aside:
+    with disk.atomic(path) as aside:
         aside.write_bytes(b"half")
         raise ZeroDivisionError
 
 
 def test_an_atomic_file_appears_under_its_name_alone(tmp_path):
     target = tmp_path / "deep" / "file.json"
-    with runs.atomic(target) as aside:
+    with disk.atomic(target) as aside:
         aside.write_bytes(b"new")
         assert not target.exists()
         assert aside.parent == target.parent
@@ -41,7 +41,7 @@ def test_an_exception_leaves_neither_the_file_nor_what_was_beside_it(tmp_path):
 
 
 def test_an_exception_leaves_the_old_file_as_it_was(tmp_path):
-    runs.write_bytes(tmp_path / "file", b"old")
+    disk.write_bytes(tmp_path / "file", b"old")
     with pytest.raises(ZeroDivisionError):
         write_half(tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == b"old"
@@ -50,49 +50,49 @@ def test_an_exception_leaves_the_old_file_as_it_was(tmp_path):
 
 def test_json_comes_back(tmp_path):
     value = {"a": [1, 2.5, None, "é"]}
-    runs.write_json(tmp_path / "x.json", value)
-    assert runs.read_json(tmp_path / "x.json") == value
+    disk.write_json(tmp_path / "x.json", value)
+    assert disk.read_json(tmp_path / "x.json") == value
 
 
 def test_missing_and_broken_json_is_named(tmp_path):
     with pytest.raises(RaydeepError, match=r"x\.json: no such file"):
-        runs.read_json(tmp_path / "x.json")
+        disk.read_json(tmp_path / "x.json")
     (tmp_path / "x.json").write_text('{"a": ')
     with pytest.raises(RaydeepError, match=r"x\.json: not valid JSON"):
-        runs.read_json(tmp_path / "x.json")
+        disk.read_json(tmp_path / "x.json")
 
 
 def test_lines_come_back_in_order(tmp_path):
     rows = [{"trial": i} for i in range(3)]
     for row in rows:
-        runs.append_line(tmp_path / "log.jsonl", row)
-    assert runs.read_lines(tmp_path / "log.jsonl") == rows
+        disk.append_line(tmp_path / "log.jsonl", row)
+    assert disk.read_lines(tmp_path / "log.jsonl") == rows
 
 
 def test_a_torn_last_line_is_left_out_and_the_next_one_is_whole(tmp_path):
     log = tmp_path / "log.jsonl"
-    runs.append_line(log, {"trial": 0})
+    disk.append_line(log, {"trial": 0})
     with log.open("a") as file:
         file.write('{"trial": 1, "acc')
-    assert runs.read_lines(log) == [{"trial": 0}]
-    runs.append_line(log, {"trial": 2})
-    assert runs.read_lines(log) == [{"trial": 0}, {"trial": 2}]
+    assert disk.read_lines(log) == [{"trial": 0}]
+    disk.append_line(log, {"trial": 2})
+    assert disk.read_lines(log) == [{"trial": 0}, {"trial": 2}]
 
 
 def test_lines_that_are_no_objects_or_no_text_are_left_out(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_bytes(b'12\n\xff\xfe\n{"trial": 3}\n[1]\n')
-    assert runs.read_lines(log) == [{"trial": 3}]
+    assert disk.read_lines(log) == [{"trial": 3}]
 
 
 def test_a_missing_log_has_no_lines(tmp_path):
-    assert runs.read_lines(tmp_path / "log.jsonl") == []
+    assert disk.read_lines(tmp_path / "log.jsonl") == []
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert runs.sha256_file(tmp_path / "file") == expected
+    assert disk.sha256_file(tmp_path / "file") == expected
 
 
 def test_a_created_run_opens_with_the_same_job(job: Job):
@@ -129,7 +129,7 @@ def test_provenance_names_command_versions_hardware_and_seed(job: Job):
 def test_notes_are_added_to_the_provenance(job: Job):
     made = Run.create(job, "raydeep train job.yaml")
     made.note(dataset={"rows": 3})
-    facts = runs.read_json(made.path / "provenance.json")
+    facts = disk.read_json(made.path / "provenance.json")
     assert facts["dataset"] == {"rows": 3}
     assert facts["command"] == "raydeep train job.yaml"
 

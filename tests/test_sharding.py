@@ -13,8 +13,8 @@ import pytest
 
 from raydeep.config import Data
 from raydeep.data import sharding, shards, sources
+from raydeep.disk import sha256_file
 from raydeep.errors import DataError
-from raydeep.run import sha256_file
 
 
 class Stopped(BaseException):

@@ -22,9 +22,9 @@ from raydeep.config import Data
 from raydeep.data import decode, fast, sharding, shards, sources
 from raydeep.data.resident import Pixels
 from raydeep.data.splits import read_dataset, streamed
+from raydeep.disk import sha256_file
 from raydeep.errors import DataError
 from raydeep.ops.datasets import processes
-from raydeep.run import sha256_file
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (12, 8), np.uint8)

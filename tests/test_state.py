@@ -384,7 +384,7 @@ def killed_at(n: int, monkeypatch: pytest.MonkeyPatch, do: Callable[[], Any]) ->
         nonlocal count
         count += 1
         if count == n:
-            path.with_name(f".{path.name}.1.part").write_bytes(data[: len(data) // 2])  # as run.atomic leaves it
+            path.with_name(f".{path.name}.1.part").write_bytes(data[: len(data) // 2])  # as disk.atomic leaves it
             raise Kill
         real(path, data)
 

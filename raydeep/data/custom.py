@@ -22,8 +22,8 @@ from raydeep.data.decode import flat
 from raydeep.data.files import Files
 from raydeep.data.rows import SPLITS, Picture, Row, Source, code, labels_of_list
 from raydeep.data.vision import class_names, picture_bytes
+from raydeep.disk import sha256_file
 from raydeep.errors import DataError
-from raydeep.run import sha256_file
 
 if TYPE_CHECKING:
     from raydeep.config import Data

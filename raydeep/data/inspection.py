@@ -18,9 +18,9 @@ from raydeep import mirror
 from raydeep.data import decode
 from raydeep.data.shards import Manifest, load_manifest
 from raydeep.data.sources import SPLITS
+from raydeep.disk import sha256_file
 from raydeep.errors import DataError
 from raydeep.machine import usable_cores
-from raydeep.run import sha256_file
 
 THUMB = 8  # side of the colour thumbnails that tell whether two pictures look alike
 ALIKE = 0.985  # correlation of two thumbnails; on CIFAR-10, all pairs above it that were looked at are one photo

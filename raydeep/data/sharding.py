@@ -29,8 +29,8 @@ from PIL import Image
 from raydeep.data import decode, order, sources
 from raydeep.data.planning import Task, plan
 from raydeep.data.resident import moments_of
+from raydeep.disk import read_json, sha256_file, write_bytes, write_json
 from raydeep.errors import DataError, RaydeepError
-from raydeep.run import read_json, sha256_file, write_bytes, write_json
 
 if TYPE_CHECKING:
     from raydeep.sections import Data

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from raydeep import mirror, remote
 from raydeep.data import decode, sharding, sources
 from raydeep.data.files import Files
+from raydeep.disk import read_json, sha256_file
 from raydeep.errors import DataError
-from raydeep.run import read_json, sha256_file
 
 if TYPE_CHECKING:
     from raydeep.data.sharding import Progress, Runner

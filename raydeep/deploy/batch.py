@@ -28,8 +28,8 @@ from raydeep.data.rows import Row, Source
 from raydeep.data.unlabelled import UNKNOWN
 from raydeep.deploy.predict import BATCH, Batch, Model, Reader, label
 from raydeep.deploy.runtimes import runner
+from raydeep.disk import atomic, sha256_file
 from raydeep.errors import RaydeepError
-from raydeep.run import atomic, sha256_file
 
 UNIT_S, MOST_ROWS = 0.5, 8192  # what an actor does at once
 DECODE_S, DECODE_S_A_BYTE = 5e-5, 1.5e-8  # of a picture, about

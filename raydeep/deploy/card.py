@@ -18,10 +18,10 @@ from raydeep.compress import cost
 from raydeep.config import Job
 from raydeep.data.decode import ALPHA_MODES, GREY_MODES
 from raydeep.deploy import gate
+from raydeep.disk import json_bytes, read_json, write_summed
 from raydeep.fields import TORCHVISION
 from raydeep.model import artifact
 from raydeep.remote import SCHEME
-from raydeep.run import json_bytes, read_json, write_summed
 
 RECIPE = {"model", "augment", "train", "prune", "quantize", "distill", "recover"}
 MANY_CLASSES = 50  # of more, the card names so many

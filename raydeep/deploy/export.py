@@ -23,10 +23,10 @@ from raydeep.config import Export
 from raydeep.deploy import calibrate, forms, integers, onnx_graph
 from raydeep.deploy.card import card
 from raydeep.deploy.integers import Target
+from raydeep.disk import json_bytes, read_json, write_bytes, write_json, write_summed
 from raydeep.errors import ExportError
 from raydeep.model import artifact
 from raydeep.model.artifact import Tensors
-from raydeep.run import json_bytes, read_json, write_bytes, write_json, write_summed
 
 OPSET = 21
 

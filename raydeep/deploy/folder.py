@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from raydeep import mirror
+from raydeep.disk import check_sums, read_json
 from raydeep.errors import ModelError
-from raydeep.run import check_sums, follow_outcome, read_json
+from raydeep.run import follow_outcome
 
 
 def find(model: str | Path, *read: str) -> Path:

@@ -18,8 +18,8 @@ from raydeep.data import decode
 from raydeep.data.rows import Picture, Row, Source
 from raydeep.deploy import folder as folders
 from raydeep.deploy.runtimes import Run, checked, open_onnx
+from raydeep.disk import read_json
 from raydeep.errors import DataError, ModelError
-from raydeep.run import read_json
 
 BATCH = 32  # pictures that the network takes at once
 

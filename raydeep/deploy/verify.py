@@ -20,9 +20,9 @@ import numpy as np
 from raydeep.deploy import gate
 from raydeep.deploy.runtimes import OPENERS, Run, check_runtimes
 from raydeep.deploy.timing import Timed, interleaved, ratio
+from raydeep.disk import json_bytes, read_json, write_summed
 from raydeep.errors import ArtifactError, ExportError
 from raydeep.machine import hardware, usable_cores
-from raydeep.run import json_bytes, read_json, write_summed
 
 if TYPE_CHECKING:
     from raydeep.config import Export

@@ -20,9 +20,9 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from raydeep import mirror
+from raydeep.disk import check_sums, read_json, write_bytes, write_json, write_sums
 from raydeep.errors import ModelError
 from raydeep.model import layers, narrow, zoo
-from raydeep.run import check_sums, read_json, write_bytes, write_json, write_sums
 
 __all__ = [
     "build", "check_sums", "dense_folder", "freeze", "load_model", "make_spec", "predict", "save_model", "thaw",

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from raydeep import mirror
 from raydeep.config import Job
+from raydeep.disk import read_lines
 from raydeep.errors import DataError
 from raydeep.machine import memory_bytes, usable_cores
 from raydeep.ops.console import Stage, Ui
-from raydeep.run import Run, read_lines, storage_folder
+from raydeep.run import Run, storage_folder
 
 if TYPE_CHECKING:
     from raydeep.data import sharding
@@ -155,7 +156,7 @@ def preview(job: Job, out: Path, rows: int, columns: int, ui: Ui) -> Path:
     from raydeep.data import splits
     from raydeep.data.augment import Augmenter
     from raydeep.data.preview import contact_sheet
-    from raydeep.run import atomic
+    from raydeep.disk import atomic
 
     manifest = prepare(job, ui)
     train = splits.streamed(manifest, job.data, "train")

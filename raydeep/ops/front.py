@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydeep import mirror
+from raydeep.disk import read_json, read_lines, sha256_file, write_json
 from raydeep.errors import RaydeepError
 from raydeep.fields import Average
 from raydeep.ops.console import Ui
-from raydeep.run import Run, read_json, read_lines, sha256_file, write_json
+from raydeep.run import Run
 
 if TYPE_CHECKING:
     from raydeep.data.resident import Dataset

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raydeep.disk import write_bytes
 from raydeep.errors import RaydeepError
-from raydeep.run import write_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,10 +16,11 @@ import yaml
 
 from raydeep import lock, mirror, remote
 from raydeep.config import Job
+from raydeep.disk import parse_lines
 from raydeep.errors import RaydeepError
 from raydeep.report import words
 from raydeep.report.folder import Run, number, objectives_of
-from raydeep.run import follow_outcome, parse_lines, storage_folder
+from raydeep.run import follow_outcome, storage_folder
 
 FILES = ("job.yaml", "provenance.json", "metrics.jsonl", "ledger.jsonl", "front.json", "evaluation.json")
 KINDS = ("train", "compress", "search")

@@ -12,9 +12,10 @@ import numpy as np
 
 from raydeep import mirror
 from raydeep.config import Job
+from raydeep.disk import sha256_file
 from raydeep.errors import RaydeepError
 from raydeep.ops.console import Stage, Ui
-from raydeep.run import Run, sha256_file
+from raydeep.run import Run
 
 if TYPE_CHECKING:
     from raydeep.compress.plan import Dense
@@ -58,7 +59,7 @@ def measures(job: Job, run: Run, dense: Dense, data: Dataset) -> dict[str, Any]:
 @contextmanager
 def tracking(job: Job, run: Run, ui: Ui) -> Iterator[list[Careful]]:
     """The trackers that search.track names, told at the end how it ended."""
-    from raydeep.run import read_lines
+    from raydeep.disk import read_lines
     from raydeep.search import track
     from raydeep.search.objectives import Objectives
 

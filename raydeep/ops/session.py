@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from raydeep import mirror
 from raydeep.config import Job
+from raydeep.disk import read_json, write_json
 from raydeep.errors import DataError, ModelError, RaydeepError, StorageError
 from raydeep.ops import datasets, doctor, gallery
 from raydeep.ops.console import Ui
-from raydeep.run import Run, read_json, storage_folder, write_json
+from raydeep.run import Run, storage_folder
 
 if TYPE_CHECKING:
     from raydeep.compress.plan import Dense, Result

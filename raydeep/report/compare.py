@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from plotly.offline import get_plotlyjs
 
+from raydeep.disk import write_bytes
 from raydeep.errors import RaydeepError
 from raydeep.report import differences, search, tables, words
 from raydeep.report.folder import Run, read_run
 from raydeep.report.page import templates
 from raydeep.report.plots import MEASURES, SHARES, axes, frame, plot_data
-from raydeep.run import write_bytes
 from raydeep.search.objectives import FIELDS, Objectives
 
 DOTS = 40  # classes in the plot; the table has all

@@ -7,10 +7,10 @@ from pathlib import Path
 import jinja2
 from plotly.offline import get_plotlyjs
 
+from raydeep.disk import write_bytes
 from raydeep.report import pictures, search, tables, words
 from raydeep.report.folder import Run, read_run
 from raydeep.report.plots import plot_data
-from raydeep.run import write_bytes
 
 
 def write_report(run_dir: Path) -> Path:

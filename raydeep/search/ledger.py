@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from raydeep.disk import append_line, read_lines
 from raydeep.errors import JobError
-from raydeep.run import append_line, read_lines
 
 SCHEMA_VERSION = 2
 

@@ -13,8 +13,8 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from raydeep import mirror
+from raydeep.disk import write_json
 from raydeep.errors import StorageError
-from raydeep.run import write_json
 from raydeep.search.engine import Engine
 from raydeep.search.work import Work
 

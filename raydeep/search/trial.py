@@ -16,8 +16,8 @@ import numpy as np
 
 from raydeep import mirror
 from raydeep.config import Job
+from raydeep.disk import read_json, write_bytes, write_json
 from raydeep.errors import StorageError
-from raydeep.run import read_json, write_bytes, write_json
 from raydeep.search.work import Work, label
 
 if TYPE_CHECKING:

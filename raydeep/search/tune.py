@@ -16,9 +16,9 @@ from ray import tune
 
 from raydeep import mirror
 from raydeep.config import Job
+from raydeep.disk import read_json, write_json
 from raydeep.errors import StorageError
 from raydeep.machine import usable_cores
-from raydeep.run import read_json, write_json
 from raydeep.search.engine import Engine
 from raydeep.search.scheduler import LIVES, START_S, ParetoHalving, Proposer
 from raydeep.search.trial import Bench, limit_memory, trial_folder

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 
 from raydeep import mirror
+from raydeep.disk import read_json, sha256_file
 from raydeep.errors import RaydeepError, TrainError
-from raydeep.run import read_json, sha256_file
 from raydeep.train.average import Average
 
 FORMAT = 3

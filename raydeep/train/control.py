@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from raydeep import mirror
+from raydeep.disk import read_json, write_json
 from raydeep.errors import RaydeepError, StorageError, TrainError
-from raydeep.run import read_json, write_json
 from raydeep.train.parallel import rank_world
 
 BEAT_S = 1.0  # between two lines of a worker's whereabouts

@@ -13,9 +13,10 @@ from typing import Any
 
 from raydeep import mirror
 from raydeep.config import Job, Scaling
+from raydeep.disk import parse_lines, read_json
 from raydeep.errors import RaydeepError, StorageError, TrainError
 from raydeep.machine import usable_cores
-from raydeep.run import Run, parse_lines, read_json
+from raydeep.run import Run
 from raydeep.train import control
 
 UNUSED_CALLBACKS = ("DatasetsCallback", "PlacementGroupCleanerCallback", "PreemptionCallback")

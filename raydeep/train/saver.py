@@ -16,8 +16,8 @@ from safetensors.torch import save as save_tensors
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from raydeep import mirror
+from raydeep.disk import sha256_file, write_bytes, write_json
 from raydeep.errors import RaydeepError, StorageError
-from raydeep.run import sha256_file, write_bytes, write_json
 from raydeep.train import checkpoint
 
 

@@ -19,9 +19,9 @@ import torch
 
 from raydeep import mirror
 from raydeep.config import Job
+from raydeep.disk import append_line, read_json, read_lines, write_bytes, write_json
 from raydeep.errors import StorageError, TrainError
 from raydeep.machine import usable_cores
-from raydeep.run import append_line, read_json, read_lines, write_bytes, write_json
 from raydeep.train import checkpoint, losses, parallel
 from raydeep.train.control import Control, Votes, Watch, Wish
 from raydeep.train.metrics import Score, evaluate

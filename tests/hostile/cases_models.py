@@ -30,7 +30,7 @@ from hostile.parts import (
     removed,
     sparse,
 )  # fmt: skip
-from raydeep import run as runs
+from raydeep import disk
 
 PREDICT = "raydeep predict model x.png"
 LOAD = "from raydeep.deploy.loading import load; load('model')"
@@ -55,7 +55,7 @@ def with_sums(make: Make) -> Make:
 
     def whole(folder: Path, stock: Stock) -> None:
         make(folder, stock)
-        runs.write_sums(folder / "model")
+        disk.write_sums(folder / "model")
 
     return whole
 
@@ -157,7 +157,7 @@ def resummed(name: str, data: bytes) -> Make:
     def make(folder: Path, stock: Stock) -> None:
         (folder / NEW / name).write_bytes(data)
         state = json.loads((folder / NEW / "state.json").read_text())
-        state["sha256"][name] = runs.sha256_file(folder / NEW / name)
+        state["sha256"][name] = disk.sha256_file(folder / NEW / name)
         (folder / NEW / "state.json").write_text(json.dumps(state))
 
     return make

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 from PIL import Image
 
-from raydeep import run
+from raydeep import disk
 from raydeep.errors import SPACES
 
 ROOT = Path(__file__).parents[2]
@@ -223,7 +223,7 @@ def broken(path: Path) -> list[str]:
         elif path.suffix == ".html" and not path.read_text().rstrip().endswith("</html>"):
             return [f"{path.name} is cut off"]
         elif path.name == "SHA256SUMS":
-            run.check_sums(path.parent)
+            disk.check_sums(path.parent)
     except Exception as err:
         return [f"{path.name} is not whole: {err}"]
     return []

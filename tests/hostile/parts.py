@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from hostile.harness import Stock
-from raydeep import run
+from raydeep import disk
 
 Make = Callable[[Path, Stock], None]
 
@@ -63,7 +63,7 @@ def changed(name: str, change: Callable[[Any], Any], sums: bool = True) -> Make:
         value = json.loads(path.read_text())
         path.write_text(json.dumps(change(value)))
         if sums and (path.parent / "SHA256SUMS").exists():
-            run.write_sums(path.parent)
+            disk.write_sums(path.parent)
 
     return make
 
@@ -74,7 +74,7 @@ def put(name: str, data: bytes, sums: bool = False) -> Make:
     def make(folder: Path, stock: Stock) -> None:
         (folder / name).write_bytes(data)
         if sums:
-            run.write_sums((folder / name).parent)
+            disk.write_sums((folder / name).parent)
 
     return make
 
