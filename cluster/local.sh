@@ -53,14 +53,20 @@ running() {
     return 1
 }
 
+# Wait until nothing of the cluster runs, for so many seconds at most.
+gone() {
+    local end=$((SECONDS + $1))
+    while [ -n "$(processes)" ] && [ $SECONDS -lt $end ]; do sleep 0.2; done
+}
+
 stop() {
-    local file pid end
+    local file pid
     for file in "$dir"/nodes/*.pid; do
         if alive "$file"; then kill "$(cat "$file")" 2>/dev/null || true; fi
     done
-    end=$((SECONDS + 10))
-    while [ -n "$(processes)" ] && [ $SECONDS -lt $end ]; do sleep 0.2; done
+    gone 10
     for pid in $(processes); do kill -9 "$pid" 2>/dev/null || true; done
+    gone 5 # killed is not gone yet
     rm -rf "$dir/nodes" "$dir/env"
 }
 
