@@ -53,20 +53,41 @@ running() {
     return 1
 }
 
-# Wait until nothing of the cluster runs, for so many seconds at most.
+# All that descends from these processes, as PID,SESSION: jobs too, which Ray runs in sessions of their own.
+below() {
+    ps -u "$(id -u)" -o pid=,ppid=,sess= | awk -v roots=" $* " '
+        { parent[$1] = $2; session[$1] = $3 }
+        END {
+            for (pid in parent)
+                for (up = pid; up in parent; up = parent[up])
+                    if (index(roots, " " up " ")) { print pid "," session[pid]; break }
+        }'
+}
+
+# Of the cluster's processes and those below its nodes ($1) those that are left.
+left() {
+    processes
+    ps -u "$(id -u)" -o pid=,sess=,stat= | awk -v were=" $1 " '$3 !~ /^Z/ && index(were, " " $1 "," $2 " ") { print $1 }'
+}
+
+# Wait until none is left, for so many seconds at most.
 gone() {
-    local end=$((SECONDS + $1))
-    while [ -n "$(processes)" ] && [ $SECONDS -lt $end ]; do sleep 0.2; done
+    local end=$((SECONDS + $2))
+    while [ -n "$(left "$1")" ] && [ $SECONDS -lt $end ]; do sleep 0.2; done
 }
 
 stop() {
-    local file pid
+    local file pid nodes=() were=""
     for file in "$dir"/nodes/*.pid; do
-        if alive "$file"; then kill "$(cat "$file")" 2>/dev/null || true; fi
+        if alive "$file"; then nodes+=("$(cat "$file")"); fi
     done
-    gone 10
-    for pid in $(processes); do kill -9 "$pid" 2>/dev/null || true; done
-    gone 5 # killed is not gone yet
+    if [ ${#nodes[@]} -gt 0 ]; then
+        were=$(below "${nodes[@]}" | tr '\n' ' ')
+        kill "${nodes[@]}" 2>/dev/null || true
+    fi
+    gone "$were" 10
+    for pid in $(left "$were"); do kill -9 "$pid" 2>/dev/null || true; done
+    gone "$were" 5 # killed is not gone yet
     rm -rf "$dir/nodes" "$dir/env"
 }
 

@@ -78,19 +78,13 @@ class Cluster:
 
         def at_work() -> list[psutil.Process]:
             raylets = [psutil.Process(int(entry.name)) for entry in Path("/proc").iterdir() if self._is_raylet(entry)]
-            found.extend(raylet for raylet in raylets if any(doing in title for title in self._titles(raylet)))
+            found.extend(
+                raylet for raylet in raylets if any(doing in " ".join(_words(child)) for child in raylet.children())
+            )
             return found
 
         wait_for(at_work, 60, f"a raylet with {doing}")
         found[0].kill()
-
-    @staticmethod
-    def _titles(raylet: psutil.Process) -> list[str]:
-        titles = []
-        for child in raylet.children():
-            with contextlib.suppress(psutil.Error):
-                titles.append(" ".join(child.cmdline()))
-        return titles
 
     def _is_raylet(self, entry: Path) -> bool:
         """Whether an entry of /proc is a raylet of a worker of this cluster."""
@@ -103,6 +97,13 @@ class Cluster:
     def folder(self, name: str) -> Path | None:
         """The newest run of a job."""
         return max((self.home / "runs").glob(f"{name}-*"), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _words(process: psutil.Process) -> list[str]:
+    """Of its command; none if it is gone."""
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
 
 
 @pytest.fixture(scope="module")
@@ -361,10 +362,18 @@ def alive(process: psutil.Process) -> bool:
 
 
 def test_down_stops_all_of_it_and_nothing_else(cluster: Cluster) -> None:
+    code, said = cluster.run("ray", "job", "submit", "--no-wait", "--", "sleep", "601")
+    assert code == 0, said
     starts = [psutil.Process(int(file.read_text())) for file in (cluster.home / "nodes").glob("*.pid")]
-    all_of_it = [process for start in starts for process in (start, *start.children(recursive=True))]
+    all_of_it: list[psutil.Process] = []
+
+    def job_runs() -> bool:
+        all_of_it[:] = [process for start in starts for process in (start, *start.children(recursive=True))]
+        return any("sleep" in _words(process) for process in all_of_it)
+
+    wait_for(job_runs, 60, "the job")  # in a session of its own, and nothing in its command names the cluster
     assert len(starts) == 3
-    assert len(all_of_it) > 9
+    assert len(all_of_it) > 12
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "raylet/raylet"])
     try:
         assert "stopped" in cluster.local("down")
