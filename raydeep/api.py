@@ -8,12 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from raydeep import mirror
 from raydeep.config import Job
 from raydeep.errors import JobError, RaydeepError
 from raydeep.ops import front, searching, session
 from raydeep.ops.console import Ui
-from raydeep.run import Run
+from raydeep.run import Run, locate
 from raydeep.tuning import Target
 
 Place = Run | str | Path  # a run, or a folder or address
@@ -31,7 +30,7 @@ def train(
 
     Args:
         job: the job; None: that of the run that is resumed.
-        resume: a run, its folder or its address, that is gone on with at its last checkpoint.
+        resume: a run, its folder, address or name, that is gone on with at its last checkpoint.
         force: with `resume`, take a job that differs from the run's.
         command: what provenance.json says that reproduces it; None: `raydeep train RUN/job.yaml`.
         quiet: print nothing.
@@ -86,8 +85,9 @@ def search(
 
     Args:
         job: the job; None: that of the run that is resumed.
-        start: a run, its folder, a model folder or an address, whose dense model is taken instead of training one.
-        resume: a run, its folder or its address: no finished trial is repeated.
+        start: a run, its folder or name, a model folder or an address, whose dense model is taken instead of training
+            one.
+        resume: a run, its folder, address or name: no finished trial is repeated.
         force: with `resume`, take a job that differs from the run's.
         command: what provenance.json says that reproduces it; None: `raydeep search RUN/job.yaml`.
         quiet: print nothing.
@@ -109,7 +109,7 @@ def search(
 def _search(job: Job, run: Run | None, start: Place | None, command: session.Command, ui: Ui) -> Run:
     with ExitStack() as outer:
         with ExitStack() as stack:
-            dense_of = start.path if isinstance(start, Run) else mirror.place(start, "address") if start else None
+            dense_of = start.path if isinstance(start, Run) else locate(start) if start else None
             dense_of = dense_of if run is None else session.origin(run)
             opened = session.open_session(stack, job, run, command, ui, dense_of)
             if dense_of is not None:

@@ -28,12 +28,21 @@ def _place(text: str) -> Path:
     return mirror.place(text, "address")
 
 
-Resume = Annotated[Path | None, typer.Option(metavar="RUN", parser=_place, help="Go on with a run folder")]
+def _run(text: str) -> Path:
+    """The same, or the folder of the run of that name."""
+    from raydeep.run import locate
+
+    return locate(text)
+
+
+Resume = Annotated[
+    Path | None, typer.Option(metavar="RUN", parser=_run, help="Go on with a run: its folder, address or name")
+]
 Force = Annotated[bool, typer.Option("--force", help="With --resume: go on with a job that differs from the run's")]
 Download = Annotated[bool, typer.Option("--download", help="Let torchvision fetch the dataset if it is not there")]
 From = Annotated[
     Path | None,
-    typer.Option("--from", metavar="RUN", parser=_place, help="Start from the dense model of this run or model folder"),
+    typer.Option("--from", metavar="RUN", parser=_run, help="Start from the dense model of this run or model folder"),
 ]
 
 
@@ -88,8 +97,10 @@ def _run_stage(
             api.compress(resolved, start=start, **options)
         else:
             api.search(resolved, start=start, **options)
-    except KeyboardInterrupt:
-        typer.echo(f"stopped; go on with --resume: raydeep {stage} --resume RUN, the run folder above", err=True)
+    except KeyboardInterrupt as err:
+        names = getattr(err, "__notes__", [])  # of the run, once it is there
+        then = f"; go on: raydeep {stage} --resume {shlex.quote(names[0])}" if names else "; no run was begun"
+        typer.echo(f"stopped{then}", err=True)
         raise typer.Exit(_STOPPED[-1]) from None
 
 
@@ -132,7 +143,10 @@ def shard(
     workers: Annotated[int | None, typer.Option(min=1, help="Tasks at once; one a core unless given")] = None,
     download: Download = False,
 ) -> None:
-    """Write a dataset as Parquet shards with a manifest: a Ray Data job that goes on where it was killed."""
+    """Write a dataset as Parquet shards; goes on where it was killed.
+
+    A Ray Data job; dataset.json, the manifest, comes last.
+    """
     from raydeep.config import parse_sets
     from raydeep.data.guess import source_of
     from raydeep.ops import datasets
@@ -200,7 +214,7 @@ def preview(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(parser=_place, help="Run folder of a search")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=_run, help="Folder, address or name of a search's run")],
     trial: Annotated[int, typer.Option(min=0, help="Number of the trial (see ledger.jsonl or the report)")],
 ) -> None:
     """Export one trial of a search as a verified model folder."""

@@ -21,9 +21,10 @@ def doctor(
     as_json: AsJson = False,
     sets: Sets = None,
 ) -> None:
-    """Check a cluster, or this machine, and whether a job would run: each line OK, WARN or FAIL with the mend.
+    """Check a cluster or this machine, and whether a job would run.
 
-    Exit code: 0, 1 if a check failed, 2 if the job or the address is wrong.
+    Each line says OK, WARN or FAIL with the mend. Exit code: 0, 1 if a check failed, 2 if the job or the address is
+    wrong.
     """
     from raydeep.config import load_job, parse_sets
     from raydeep.ops import doctor
@@ -43,7 +44,7 @@ def submit(
     ] = None,
     stage: Annotated[str, typer.Option(metavar="STAGE", help="search, train, compress or doctor")] = "search",
     sets: Sets = None,
-    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run folder of the cluster")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run of the cluster")] = None,
     start: Annotated[str | None, typer.Option("--from", metavar="RUN", help="As of search; on the cluster")] = None,
     include: Annotated[
         list[str] | None, typer.Option(metavar="PATH", help="Send this file or folder too; Python files go anyway")
@@ -56,7 +57,10 @@ def submit(
     logs: Annotated[str | None, typer.Option(metavar="ID", help="Go back to a job: its log, to its end")] = None,
     stop: Annotated[str | None, typer.Option(metavar="ID", help="Stop a job, after its checkpoint")] = None,
 ) -> None:
-    """Run a job on a cluster through its job server; ends with the job's own exit code (130: left running)."""
+    """Run a job on a cluster; ends with the job's own exit code.
+
+    It goes through the cluster's job server. Exit code 130: the job was left running.
+    """
     from raydeep.ops import submitting
 
     options = {"--set": sets or [], "--resume": [resume] if resume else [], "--from": [start] if start else []}

@@ -22,7 +22,7 @@ def runs(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List runs, newest first: what they are, how they stand, what came of them."""
+    """List runs, newest first: how they stand, what came of them."""
     from dataclasses import asdict
 
     from raydeep.ops import runs as ops
@@ -40,7 +40,7 @@ def runs(
 
 
 def show(run: Annotated[str, typer.Argument(metavar="RUN", help=RUN)], as_json: AsJson = False) -> None:
-    """Show one run: its answer, how it stands, its models, what it cost, what to type next."""
+    """Show one run: answer, models, cost and what to type next."""
     from raydeep.ops import runs as ops
     from raydeep.ops import show as screen
     from raydeep.ops.console import Ui
@@ -58,7 +58,10 @@ def report(
         Path | None, typer.Option(metavar="FILE", help="Of two runs or more: the page to write [compare.html]")
     ] = None,
 ) -> None:
-    """Write report.html of a run anew, from its folder alone; of two runs or more, a page that compares them."""
+    """Write a run's report.html anew; of two or more, compare them.
+
+    From the run folders alone.
+    """
     from raydeep.ops import runs as ops
 
     paths = [ops.find(run) for run in runs]

@@ -61,6 +61,28 @@ def storage_folder(job: Job) -> Path:
     return mirror.real(path)
 
 
+def locate(text: str | Path, what: str = "RUN") -> Path:
+    """The path that a user means: as it is, or the one that stands for an address.
+
+    One that is not there but begins with the name of a run where jobs keep theirs is below that run.
+
+    Args:
+        text: path, address, or name of a run with or without what lies below it: NAME/models/t012.
+        what: the option that it stands in, for errors.
+
+    Raises:
+        RaydeepError: an address that can't be used, or no path.
+    """
+    path = mirror.place(text, what)
+    if path.is_absolute() or ".." in path.parts or path.exists():
+        return path
+    with suppress(RaydeepError):  # that it is not there is told by whoever opens it
+        run = storage_folder(Job()) / path.parts[0]
+        if mirror.exists(run / "job.yaml"):
+            return run.joinpath(*path.parts[1:])
+    return path
+
+
 class Run:
     """A run folder. Creating one writes the resolved job and the provenance."""
 
@@ -96,12 +118,12 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """Open an existing run folder, or its address.
+        """Open an existing run: its folder, its address, or its name where jobs keep theirs.
 
         Raises:
             RaydeepError: if the folder is no run.
         """
-        path = mirror.real(mirror.place(path, "RUN"))
+        path = mirror.real(locate(path))
         fetch_light(path)
         if not (path / "job.yaml").is_file():
             raise RaydeepError(f"{path}: not a run folder (no job.yaml); give the folder that a command printed")
@@ -159,6 +181,8 @@ class Run:
             except BaseException as err:
                 words = (str(err).strip() or type(err).__name__).splitlines()[0][:300]
                 stopped = not isinstance(err, Exception)  # Ctrl-C, SIGTERM
+                if stopped:
+                    err.add_note(self.name)  # what the command line says can be gone on with
                 with suppress(RaydeepError, OSError):  # what ends the command is told, not this; the folder may be gone
                     self.note(ended={"status": "stopped"} if stopped else {"status": "failed", "error": words})
                 raise

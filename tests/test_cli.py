@@ -23,6 +23,7 @@ from raydeep.train import launch
 
 COMMANDS = (
     "train", "compress", "search", "shard", "export", "report", "predict", "preview", "data", "schema", "doctor",
+    "runs", "show", "submit",
 )  # fmt: skip
 
 
@@ -218,7 +219,20 @@ def test_a_user_who_stops_a_command_is_told_how_to_go_on(train, monkeypatch):
     monkeypatch.setattr("raydeep.ops.datasets.prepare", stop)
     said = train()
     assert said.code == 130
-    assert "stopped; go on with --resume" in said.err
+    assert said.err.endswith("stopped; no run was begun\n")
+
+
+def test_a_user_who_stops_a_run_is_told_what_goes_on_with_it(train, monkeypatch, tmp_path):
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    from raydeep.train import cluster
+
+    monkeypatch.setattr(cluster, "cluster", stop)
+    said = train()
+    assert said.code == 130
+    [run] = (tmp_path / "runs").iterdir()
+    assert said.err.endswith(f"stopped; go on: raydeep train --resume {run}\n")
 
 
 def test_shard_writes_a_dataset_once(raydeep, tmp_path):
@@ -337,6 +351,13 @@ def test_schema_prints_the_schema_of_a_job(raydeep):
 
 def test_version(raydeep):
     assert raydeep("--version") == Said(0, f"raydeep {__version__}\n", "")
+
+
+def test_each_command_is_told_in_one_whole_line(raydeep, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = raydeep("--help").out.split("Commands:")[1].strip().splitlines()
+    assert len(shown) >= 14
+    assert [line for line in shown if "..." in line or not line.endswith(".")] == []
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["search", "--help"]])

@@ -13,7 +13,7 @@ import yaml
 from raydeep import disk
 from raydeep.config import Job
 from raydeep.errors import RaydeepError, ResourceError
-from raydeep.run import Run
+from raydeep.run import Run, locate
 from raydeep.train import sizing
 from raydeep.tuning import Search
 
@@ -132,6 +132,20 @@ def test_notes_are_added_to_the_provenance(job: Job):
     facts = disk.read_json(made.path / "provenance.json")
     assert facts["dataset"] == {"rows": 3}
     assert facts["command"] == "raydeep train job.yaml"
+
+
+def test_a_run_is_found_by_its_name_where_jobs_keep_theirs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = Run.create(Job(name="a"), "raydeep train job.yaml")
+    assert Run.open(made.path.name).path == made.path
+    assert locate(f"{made.path.name}/models/t000") == made.path / "models" / "t000"
+    assert locate(f"{made.path.name}/../x") == Path(f"{made.path.name}/../x")
+    assert locate("other/models") == Path("other/models")
+    here = tmp_path / made.path.name  # what is there as it is written comes first
+    here.mkdir()
+    assert locate(here.name) == Path(here.name)
+    with pytest.raises(RaydeepError, match="not a run folder"):
+        Run.open(here.name)
 
 
 @pytest.mark.parametrize("name", ["", "missing"])

@@ -102,6 +102,8 @@ def test_a_row_says_what_came_of_a_run(storage: Path) -> None:
     assert (found.trials, found.trials_of, found.trials_failed) == (TRIALS, 60, 2)
     smallest = min(front["models"], key=lambda model: model["bytes"])
     assert (found.smallest, found.smallest_bytes) == (smallest["label"], smallest["bytes"])
+    assert found.smallest_test_accuracy == smallest["test_accuracy"]
+    assert show.cells(found)[6] == f"{smallest['test_accuracy']:.2%} at {words.size(smallest['bytes'])}"
     close = [model for model in front["models"] if model["val_accuracy"] >= 0.9889 - 0.01]
     answer = min(close, key=lambda model: model["bytes"])
     assert (found.answer, found.answer_bytes) == (answer["label"], answer["bytes"])

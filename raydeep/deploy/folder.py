@@ -7,7 +7,7 @@ from pathlib import Path
 from raydeep import mirror
 from raydeep.disk import check_sums, read_json
 from raydeep.errors import ModelError
-from raydeep.run import follow_outcome
+from raydeep.run import follow_outcome, locate
 
 
 def find(model: str | Path, *read: str) -> Path:
@@ -15,14 +15,15 @@ def find(model: str | Path, *read: str) -> Path:
 
     Args:
         model: a model folder (RUN/models/LABEL), or a run that has one answer: its dense model if it was a training,
-            else the model that its report names. An s3:// or gs:// address of either.
+            else the model that its report names. An s3:// or gs:// address of either, or with the run's name for
+            its folder.
         read: files of it that the caller reads, see `check_sums`.
 
     Raises:
         ModelError: it is neither, the run has no one answer, or a file is missing or changed.
         RaydeepError: the address is none, or can't be read.
     """
-    path = mirror.place(model, "MODEL")
+    path = locate(model, "MODEL")
     mirror.pull(path, lambda name: "/" not in name)
     follow_outcome(path)
     if not (path / "spec.json").is_file() and (path / "front.json").is_file():

@@ -20,7 +20,7 @@ from raydeep.disk import parse_lines
 from raydeep.errors import RaydeepError
 from raydeep.report import words
 from raydeep.report.folder import Run, number, objectives_of
-from raydeep.run import follow_outcome, storage_folder
+from raydeep.run import follow_outcome, locate, storage_folder
 
 FILES = ("job.yaml", "provenance.json", "metrics.jsonl", "ledger.jsonl", "front.json", "evaluation.json")
 KINDS = ("train", "compress", "search")
@@ -54,6 +54,7 @@ class Row:
     answer_test_accuracy: float | None = None
     answer_bytes: int | None = None
     smallest: str | None = None  # label of the smallest verified model
+    smallest_test_accuracy: float | None = None
     smallest_bytes: int | None = None
 
 
@@ -68,16 +69,14 @@ def find(text: str) -> Path:
     Raises:
         RaydeepError: there is none; similar names are told.
     """
-    path = mirror.real(mirror.place(text, "RUN"))
-    if remote.is_address(text) or path.exists():
+    path = mirror.real(locate(text))
+    if mirror.address(path) is not None or path.exists():
         return path
     try:
         known = storage_folder(Job())
         names = mirror.folders(known) if mirror.address(known) is not None or known.is_dir() else []
     except RaydeepError:
         known, names = path.parent, []
-    if text in names:
-        return known / text
     near = difflib.get_close_matches(text, names, 1, 0.5)
     meant = f"; did you mean {near[0]}?" if near else "; raydeep runs lists those that are there"
     raise RaydeepError(f"{text}: no such run folder, nor a run in {mirror.name(known)}{meant}")
@@ -167,6 +166,7 @@ def _row(path: Path, now: float) -> Row:
         answer_test_accuracy=number(chosen.get("test_accuracy")),
         answer_bytes=_count(chosen.get("bytes")),
         smallest=_text(smallest.get("label")),
+        smallest_test_accuracy=number(smallest.get("test_accuracy")),
         smallest_bytes=_count(smallest.get("bytes")),
     )
 

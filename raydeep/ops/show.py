@@ -36,8 +36,8 @@ def cells(row: runs.Row) -> list[str]:
     """One row of the table of runs, as text, by COLUMNS."""
     return [
         row.name, row.kind or "", row.status, progress(row), _percent(row.test_accuracy, row.val_accuracy),
-        _percent(row.answer_test_accuracy, None) + (f" at {words.size(row.answer_bytes)}" if row.answer else ""),
-        words.size(row.smallest_bytes) if row.smallest else "", age(row.age_s),
+        _model(row.answer, row.answer_test_accuracy, row.answer_bytes),
+        _model(row.smallest, row.smallest_test_accuracy, row.smallest_bytes), age(row.age_s),
     ]  # fmt: skip
 
 
@@ -50,6 +50,10 @@ def progress(row: runs.Row) -> str:
         return ""
     failed = f", {row.trials_failed} failed" if what == "trials" and row.trials_failed else ""
     return f"{done}{'' if total is None else f'/{total}'} {what}{failed}"
+
+
+def _model(label: str | None, accuracy: float | None, size: int | None) -> str:
+    return f"{_percent(accuracy, None)} at {words.size(size)}".strip() if label else ""
 
 
 def _percent(test: float | None, val: float | None) -> str:
