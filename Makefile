@@ -9,8 +9,9 @@ demo: $(READY)
 
 test: fast cluster
 
+# By files, on all cores: tests of a file share what is costly to make.
 fast: $(READY)
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 cluster: $(READY)
 	.venv/bin/python -m pytest -m "cluster and not slow"

@@ -146,6 +146,8 @@ def test_a_run_is_found_by_its_name_where_jobs_keep_theirs(tmp_path, monkeypatch
     assert locate(here.name) == Path(here.name)
     with pytest.raises(RaydeepError, match="not a run folder"):
         Run.open(here.name)
+    with pytest.raises(RaydeepError, match="MODEL: a\0b: no path has a NUL in it"):
+        locate("a\0b", "MODEL")
 
 
 @pytest.mark.parametrize("name", ["", "missing"])
