@@ -121,6 +121,8 @@ def _trainer(workers: Path) -> Any:
                 ask, end = workers / "ask", time.monotonic() + SAVE_FIRST_S
                 if self.stopped_by is None:
                     self.stopped_by = signal.Signals(number)
+                    if mirror.address(workers) is None and not any(workers.glob("rank-*.json")):
+                        raise SystemExit  # nothing to save, and Ray's controller is deaf until its workers have started
                     with suppress(OSError, StorageError):
                         workers.mkdir(parents=True, exist_ok=True)  # of a run in a bucket they may all be elsewhere
                         ask.write_bytes(b"save")
