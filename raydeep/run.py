@@ -142,6 +142,7 @@ class Run:
                 f"start a new run (no --resume), or add --force to go on with the changed job"
             )
         if changed:
+            self.unfinish()  # an outcome of the job before would stand beside this one
             self.job = job.model_copy(update={"storage": self.job.storage})
             self._write_job()
             self.note(changed_jobs=[*read_json(self.path / "provenance.json").get("changed_jobs", []), changed])

@@ -167,7 +167,12 @@ def test_a_run_goes_on_with_a_changed_job_by_force_only(job):
     changed = job.model_copy(update={"train": job.train.model_copy(update={"lr": 0.7}), "storage": "elsewhere"})
     with pytest.raises(JobError, match=r"train\.lr was"):
         run.take(changed)
+    (run.path / "front.json").write_text("{}")
+    again = Run.open(run.path)
+    again.take(again.job, force=True)
+    assert (run.path / "front.json").exists()  # nothing has changed
     run.take(changed, force=True)
+    assert not (run.path / "front.json").exists()  # it was of the job before
     again = Run.open(run.path)
     assert (again.job.train.lr, again.job.storage) == (0.7, job.storage)
     [noted] = json.loads((run.path / "provenance.json").read_text())["changed_jobs"]

@@ -139,6 +139,7 @@ def test_a_search_is_not_overwritten_by_train(home: Path, killed_and_resumed: tu
     assert "the run of a search" in said
 
 
+@pytest.mark.slow  # the same of streamed data is in test_cluster_data.py, of the loop alone in test_loop.py
 def test_order_and_result_do_not_depend_on_the_number_of_workers(home: Path) -> None:
     epochs = {}
     for workers in (1, 2):

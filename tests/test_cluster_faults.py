@@ -67,6 +67,7 @@ def test_a_terminated_worker_loses_nothing(home: Path, whole: faults.Training) -
     assert outcome.again <= 2
 
 
+@pytest.mark.slow  # the watch alone is in test_control.py
 def test_a_worker_that_hangs_is_named(home: Path, whole: faults.Training) -> None:
     assert faults.stalled(home, whole).weights == "bit-identical"
 
