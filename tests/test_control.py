@@ -71,6 +71,9 @@ def worker(rank: int, folder: Path) -> None:
     seen["now"] = tuple(votes.now(Wish(leave=rank == 1)))
     seen["one"] = poisoned(folder, rank, 1)
     seen["all"] = poisoned(folder, rank, None)
+    (folder / "shared").mkdir(exist_ok=True)
+    if rank == 1:
+        (folder / "shared" / ".probe-1-0a0b0c0d").touch()  # of an attempt that was killed while it looked
     probe(folder / "shared", votes, f"node{rank}")
     votes.gather(None)  # both have tidied up
     seen["left"] = [path.name for path in (folder / "shared").iterdir()]

@@ -228,7 +228,7 @@ def probe(folder: Path, votes: Votes, node: str) -> None:
     told = votes.gather((node, unseen))
     votes.gather(None)  # nobody removes a file that another still looks for
     with suppress(OSError, StorageError):
-        mirror.drop(mine)
+        mirror.drop(mine, *(folder.glob(".probe-*") if rank == 0 else ()))  # those of killed attempts too
     errors = [failed for _, _, failed in names if failed]
     if errors and mirror.address(folder) is not None:
         raise TrainError(errors[0])
