@@ -98,9 +98,9 @@ def _run_stage(
         else:
             api.search(resolved, start=start, **options)
     except KeyboardInterrupt as err:
-        names = getattr(err, "__notes__", [])  # of the run, once it is there
-        then = f"; go on: raydeep {stage} --resume {shlex.quote(names[0])}" if names else "; no run was begun"
-        typer.echo(f"stopped{then}", err=True)
+        [name] = [*getattr(err, "__notes__", []), run.name if run is not None else ""][:1]  # of the run that it was in
+        then = f"go on: raydeep {stage} --resume {shlex.quote(name)}" if name else "no run was begun"
+        typer.echo(f"stopped; {then}", err=True)
         raise typer.Exit(_STOPPED[-1]) from None
 
 

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from raydeep import __version__, cli
-from raydeep.config import Job
+from raydeep.config import Job, load_job
 from raydeep.data.guess import source_of
 from raydeep.errors import JobError
 from raydeep.run import Run
@@ -217,7 +217,7 @@ def test_predict_tells_the_model_that_a_run_stands_for_and_checks_it_once(raydee
     assert message == "split 'dev': expected train, val, test; leave it out for all pictures"
 
 
-def test_a_user_who_stops_a_command_is_told_how_to_go_on(train, monkeypatch):
+def test_a_user_who_stops_a_command_is_told_how_to_go_on(raydeep, train, monkeypatch):
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
@@ -225,6 +225,9 @@ def test_a_user_who_stops_a_command_is_told_how_to_go_on(train, monkeypatch):
     said = train()
     assert said.code == 130
     assert said.err.endswith("stopped; no run was begun\n")
+    run = Run.create(load_job(Path("job.yaml")), "raydeep train job.yaml").path
+    said = raydeep("train", "--resume", run)
+    assert said.err.endswith(f"stopped; go on: raydeep train --resume {run}\n")
 
 
 def test_a_user_who_stops_a_run_is_told_what_goes_on_with_it(train, monkeypatch, tmp_path):

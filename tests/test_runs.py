@@ -332,6 +332,8 @@ def test_where_jobs_keep_their_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("RAYDEEP_STORAGE", str(tmp_path / "base"))
     assert [line.split()[0] for line in said("runs")[1].splitlines()[1:2]] == ["there"]
     assert runs.find("there") == tmp_path / "base" / "runs" / "there"
+    (tmp_path / "base" / "runs" / "there" / "job.yaml").unlink()
+    assert runs.find("there") == tmp_path / "base" / "runs" / "there"  # damaged, but there
     assert said("show", "ther")[1].endswith(f"nor a run in {tmp_path / 'base' / 'runs'}; did you mean there?")
     assert "no such folder" in said("runs", str(tmp_path / "none"))[1]
 

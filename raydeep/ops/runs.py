@@ -77,6 +77,8 @@ def find(text: str) -> Path:
         names = mirror.folders(known) if mirror.address(known) is not None or known.is_dir() else []
     except RaydeepError:
         known, names = path.parent, []
+    if text in names:  # damaged: no job.yaml
+        return known / text
     near = difflib.get_close_matches(text, names, 1, 0.5)
     meant = f"; did you mean {near[0]}?" if near else "; raydeep runs lists those that are there"
     raise RaydeepError(f"{text}: no such run folder, nor a run in {mirror.name(known)}{meant}")
