@@ -142,10 +142,11 @@ class Run:
                 f"start a new run (no --resume), or add --force to go on with the changed job"
             )
         if changed:
+            before = read_json(self.path / "provenance.json").get("changed_jobs", [])
             self.unfinish()  # an outcome of the job before would stand beside this one
             self.job = job.model_copy(update={"storage": self.job.storage})
             self._write_job()
-            self.note(changed_jobs=[*read_json(self.path / "provenance.json").get("changed_jobs", []), changed])
+            self.note(changed_jobs=[*before, changed])
 
     def _write_job(self) -> None:
         text = yaml.safe_dump(self.job.model_dump(mode="json"), sort_keys=False)
