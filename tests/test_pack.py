@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import tracemalloc
+import warnings
 import zlib
 from typing import Any
 
@@ -205,8 +206,19 @@ def test_bytes_behind_the_end_are_noticed(packed):
 
 @pytest.mark.parametrize("data", [b"", b"RDZ1", b"PK\x03\x04" + b"\0" * 40])
 def test_other_files_are_not_packed_models(data):
-    with pytest.raises(ArtifactError, match="not a packed model"):
+    with pytest.raises(ArtifactError) as caught:
         pack.unpack(data)
+    assert str(caught.value) == "not a packed model (it does not start with RDZ2)"
+
+
+def test_the_shortest_file_that_may_be_one_is_looked_into():
+    assert len(sealed(b"RDZ2")) == 8
+    with pytest.raises(ArtifactError, match="header is broken: its header is cut off"):
+        pack.unpack(sealed(b"RDZ2"))
+    with pytest.raises(ArtifactError) as caught:
+        pack.unpack(b"RDZ2" + b"\0" * 4)
+    torn = "the packed model is torn or changed (its checksum does not fit); export it again"
+    assert str(caught.value) == torn
 
 
 @pytest.mark.parametrize("version", ["1", "3"])
@@ -236,6 +248,11 @@ BROKEN = {
     "a side that is true": (one("int8", [True], "raw", 8), r"\[True\], 'raw', 8\] is no tensor"),
     "half a side": (one("int8", [0.5], "raw", 8), "is no tensor"),
     "a shape that is a number": (one("int8", 8, "raw", 8), "is no tensor"),
+    "a long spec that is no object": (["x" * 50, []], f"no object but '{'x' * 40}'; export it again"),
+    "a long row": (one("int8", ["x" * 80], "raw", 8), rf"broken: \['w', 'int8', \['{'x' * 64} is no tensor"),
+    "a long type": (one("x" * 30, [8], "raw", 8), f"has type '{'x' * 20}' and codec 'raw'"),
+    "a long codec": (one("int8", [8], "x" * 30, 8), f"has type 'int8' and codec '{'x' * 20}'"),
+    "a side of 2^31": (one("int8", [2**31], "raw", 8), r"\[2147483648\], 'raw', 8\] is no tensor"),
     "65 sides": (one("int8", [1] * 65, "raw", 8), "is no tensor"),
     "a negative length": (one("int8", [8], "raw", -8), "is no tensor"),
     "a name that is a number": ([{}, [[1, "int8", [8], "raw", 8]]], "is no tensor"),
@@ -266,6 +283,11 @@ def test_a_broken_file_with_a_fitting_checksum_says_what_is_wrong(header, messag
     with pytest.raises(ArtifactError, match=message) as caught:
         pack.unpack(crafted(header, b"\0" * 8))
     assert str(caught.value).endswith("; export it again")
+
+
+def test_64_sides_are_as_many_as_torch_has():
+    shape = [1] * 63 + [8]
+    assert pack.unpack(crafted(one("int8", shape, "raw", 8), b"\0" * 8))[1]["w"].shape == tuple(shape)
 
 
 def written(*pieces: int | np.ndarray) -> bytes:
@@ -415,6 +437,20 @@ def test_streams_end_with_no_more_bytes_than_they_need():
     assert sum(map(len, blobs)) <= 9986
 
 
+def test_the_header_of_many_layers_is_as_short_as_deflate_makes_it():
+    rng = np.random.default_rng(0)
+    names = [f"layers.{i}.block.{j}.conv{k}.weight" for i in range(20) for j in range(2) for k in (1, 2)]
+    data = pack.pack({}, {name: torch.zeros(tuple(rng.integers(1, 40, 3)), dtype=torch.int8) for name in names})
+    inflate = zlib.decompressobj(wbits=-15, zdict=pack.WORDS)
+    text = inflate.decompress(data[4:-4])
+
+    def shortened(level: int) -> int:
+        deflate = zlib.compressobj(level, wbits=-15, zdict=pack.WORDS)
+        return len(deflate.compress(text) + deflate.flush())
+
+    assert len(data) - 8 - len(inflate.unused_data) == shortened(9) < shortened(-1)
+
+
 def test_the_limit_on_zeros_is_that_of_unpack_to_the_byte(monkeypatch):
     zeros = {"w": torch.zeros(1000, dtype=torch.int8)}
     data = pack.pack({}, zeros)
@@ -436,3 +472,15 @@ def test_a_bias_has_a_grid_where_both_its_steps_are_known(dtype, step, found):
     spec = {"layers": {"conv": {"activation": {"step": step}}}}
     steps = pack._steps(spec, {"conv.weight.scale": torch.ones(3, dtype=getattr(torch, dtype))}, "conv.bias")
     assert (steps is not None) == found
+
+
+def test_what_is_no_bias_or_has_no_scale_has_no_grid_and_steps_out_of_range_are_quiet():
+    spec = {"layers": {"conv": {"activation": {"step": 1e38}}}}
+    scale = {"conv.weight.scale": torch.full((3,), 1e38)}
+    assert pack._steps(spec, {}, "conv.bias") is None
+    assert pack._steps(spec, scale, "conv") is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps = pack._steps(spec, scale, "conv.bias")
+    assert steps is not None
+    assert np.isinf(steps).all()
