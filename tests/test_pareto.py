@@ -385,6 +385,19 @@ def test_the_smallest_close_model_is_chosen_on_validation():
     assert pareto.smallest_close([], 0.5) is None
 
 
+def test_the_most_accurate_come_first_of_equal_ones_the_smaller_and_then_by_trial():
+    best_first = [
+        {"val_accuracy": 0.9, "bytes": 900, "trial": 5},
+        {"val_accuracy": 0.8, "trial": 6},  # of unknown size
+        {"val_accuracy": 0.8, "bytes": 1, "trial": 1},
+        {"val_accuracy": 0.8, "bytes": 2, "trial": 3},
+        {"val_accuracy": 0.8, "bytes": 2, "trial": 4},
+        {"val_accuracy": 0.7, "bytes": 0, "trial": 0},
+    ]
+    for rows in (best_first, best_first[::-1]):
+        assert sorted(rows, key=pareto.by_accuracy) == best_first
+
+
 def test_one_of_many_is_the_last():
     assert pareto.spread(range(100, 105), 1) == [104]
 
