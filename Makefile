@@ -44,7 +44,7 @@ soak: $(READY)
 
 mutation: $(READY)
 	.venv/bin/uv pip install --quiet --python .venv/bin/python -e '.[mutation]' -c constraints.txt
-	.venv/bin/mutmut run --max-children 1
+	.venv/bin/mutmut run --max-children 2
 	.venv/bin/python tests/mutation/report.py
 
 audit: $(READY)
