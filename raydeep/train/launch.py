@@ -100,7 +100,10 @@ def _number(scaling: Scaling) -> int | tuple[int, int]:
 
 
 def _trainer(workers: Path) -> Any:
-    """TorchTrainer, but Ctrl-C and SIGTERM first have the workers write a checkpoint; a second one does not wait."""
+    """TorchTrainer, but Ctrl-C and SIGTERM first have workers that have begun write a checkpoint.
+
+    A second one does not wait for it; while workers start, there is nothing to wait for.
+    """
     from ray.train.torch import TorchTrainer
 
     class Trainer(TorchTrainer):
